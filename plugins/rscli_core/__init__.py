@@ -1,0 +1,1 @@
+"""The core plugins, found through the same entry points as anybody else's."""

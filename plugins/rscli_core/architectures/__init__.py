@@ -1,0 +1,1 @@
+"""Core architectures, one a file."""

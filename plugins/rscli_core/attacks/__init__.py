@@ -1,0 +1,1 @@
+"""Core attacks, one a file."""

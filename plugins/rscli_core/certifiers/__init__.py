@@ -1,0 +1,1 @@
+"""Core certifiers, one a file."""

@@ -1,0 +1,1 @@
+"""Core datasets, one a file."""

@@ -1,0 +1,1 @@
+"""Core losses, one a file."""

@@ -1,0 +1,1 @@
+"""Core noises, one a file."""

@@ -1,0 +1,1 @@
+"""Presets, one TOML file a row of a paper."""

@@ -1,0 +1,57 @@
+"""The errors that a user can act on.
+
+The command line catches `RscliError` and its subclasses in one place (`rscli.cli.boundary`) and prints the message and the
+hint, without a traceback. Every other exception is a defect of the program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class RscliError(Exception):
+    """Something that the user can mend.
+
+    `message` states the value and the rule it breaks; `hint` says what to do next. `exit_code` is what the process answers.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n{self.hint}"
+
+
+class InputError(RscliError):
+    """A wrong option, a wrong value, or a file that is missing, broken or of another kind (exit code 2)."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A configuration that does not fit the schema; `problems` holds one line for every wrong key."""
+
+    def __init__(self, problems: list[str], hint: str | None = None) -> None:
+        self.problems = list(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n".join([f"the configuration has {count}:", *(f"  {p}" for p in problems)]), hint)
+
+
+class PluginError(RscliError):
+    """A plugin that is unknown, ambiguous, fails to load, or breaks its contract.
+
+    Asking for a plugin that does not exist is wrong input (exit code 2); `exit_code` is 2 for all of them, since the mend is
+    always in what the user installed or named.
+    """
+
+    exit_code = 2
+
+
+class Stopped(RscliError):
+    """A run that was told to stop, saved its state, and can be resumed (75 for SIGTERM, 130 for Ctrl-C)."""
+
+    def __init__(self, message: str, hint: str | None = None, *, exit_code: int = 75) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code
