@@ -1,0 +1,42 @@
+"""The densely connected network of the CIFAR-10 experiments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, field_validator
+
+from rscli.api import Architecture, unit
+from rscli_core.architectures._sizes import check_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class CifarDenseNet(Architecture):
+    """DenseNet for small images: three blocks of bottleneck layers, without compression between them.
+
+    Huang et al. 2017, "Densely Connected Convolutional Networks", section 3. As in the code of Jeong & Shin 2020, "without
+    compression" leaves out the 1x1 convolution of a transition: it only pools. Depth 40 and growth 12 have three blocks of six
+    layers and, for (3, 32, 32) and ten classes, 211,978 parameters.
+    """
+
+    depth: int = Field(40, ge=10, description="6 n + 4 for n layers a block", json_schema_extra=unit("layers"))
+    growth: int = Field(12, ge=1, description="channels that each layer adds", json_schema_extra=unit("channels"))
+
+    @field_validator("depth")
+    @classmethod
+    def _whole_layers(cls, depth: int) -> int:
+        below = depth - (depth - 4) % 6
+        if depth != below:
+            raise ValueError(
+                f"depth must be 6 n + 4, such as 22, 40 or 100; the nearest to {depth} are {below} and {below + 6}"
+            )
+        return depth
+
+    def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+        """A fresh network for images `input_shape` (channel, height, width). Raises `InputError` below 4x4 pixels."""
+        check_size("cifar-densenet", input_shape, smallest=4)
+        from rscli_core.architectures._densenet import Network
+
+        return Network(classes, input_shape[0], layers=(self.depth - 4) // 6, growth=self.growth)

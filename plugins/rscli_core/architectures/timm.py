@@ -1,0 +1,91 @@
+"""Every model of timm."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from rscli.api import Architecture
+from rscli.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RESERVED = frozenset({"model_name", "pretrained", "num_classes", "in_chans", "checkpoint_path"})
+"""Arguments of `timm.create_model` that are not for `kwargs`: rscli sets them itself, or has another way."""
+
+RESERVED_HINT = "classes and channels are the data set's, pretrained is a field, and `rscli import` reads checkpoints"
+
+
+class TimmModel(Architecture):
+    """Any model of timm, with its keyword arguments: timm/resnet50, timm/vit_tiny_patch16_224, ...
+
+    A model that is built for one image size (a vision transformer, say) is built for the size of the images.
+    """
+
+    variant: ClassVar[str | None] = "model"
+
+    model: str = Field(min_length=1, description="a name from timm.list_models(), with or without a tag of weights")
+    pretrained: bool = Field(False, description="start from timm's weights, downloaded if they are not there")
+    kwargs: dict[str, bool | int | float | str | None] = Field(
+        default_factory=dict, description="keyword arguments for the model, such as drop_path_rate"
+    )
+
+    @field_validator("kwargs")
+    @classmethod
+    def _not_reserved(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(RESERVED & kwargs.keys()):
+            raise ValueError(f"kwargs must not set {', '.join(taken)}; rscli does: {RESERVED_HINT}")
+        return kwargs
+
+    def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+        """A network for images `input_shape` (channel, height, width), which has taken one such image on trial.
+
+        Raises `InputError` if timm does not know the model, or if the model refuses its keyword arguments or the images.
+        """
+        import timm
+
+        if not timm.is_model(self.model):
+            raise _unknown(self.model, timm.list_models())
+        try:
+            network: nn.Module = timm.create_model(
+                self.model, self.pretrained, num_classes=classes, in_chans=input_shape[0], **self._arguments(input_shape)
+            )
+            _try_forward(network, classes, input_shape)
+        except Exception as cause:  # timm's models refuse arguments and images with exceptions of any type
+            shape = "x".join(map(str, input_shape))
+            given = f" and kwargs = {self.kwargs}" if self.kwargs else ""
+            raise InputError(
+                f"timm's {self.model!r} refuses images of {shape} (channel x height x width), {classes} classes{given}: "
+                f"{type(cause).__name__}: {cause}",
+                "Change what it complains about, or choose another model: `timm.list_models()` names them.",
+            ) from cause
+        return network
+
+    def _arguments(self, input_shape: tuple[int, int, int]) -> dict[str, Any]:
+        """The keyword arguments, with the image size for a model that is built for one; a size given by the user stays."""
+        import timm
+
+        fixed = timm.get_pretrained_cfg_value(self.model, "fixed_input_size")
+        return {"img_size": input_shape[1:], **self.kwargs} if fixed else dict(self.kwargs)
+
+
+def _unknown(model: str, known: list[str]) -> InputError:
+    near = difflib.get_close_matches(model.partition(".")[0], known, n=3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "`timm.list_models()` names all of them."
+    return InputError(f"timm has no model called {model!r}", hint)
+
+
+def _try_forward(network: nn.Module, classes: int, input_shape: tuple[int, int, int]) -> None:
+    """Raises what the network raises on a black image, and `ValueError` unless it answers one logit a class."""
+    import torch
+
+    network.eval()  # neither draws random numbers nor moves the batch statistics
+    with torch.no_grad():
+        logits = network(torch.zeros(1, *input_shape))
+    network.train()
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
+        answer = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(f"it answers {answer} where logits (1, {classes}) are wanted")

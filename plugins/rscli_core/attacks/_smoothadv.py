@@ -1,0 +1,58 @@
+"""What the attacks of SmoothAdv share: Salman et al., NeurIPS 2019 (arXiv 1906.04584), section 3 and its algorithms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from rscli.api import Attack, TrainStep, unit
+from rscli_core.attacks._l2 import direction, within
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SmoothAdv(Attack):
+    """An L2 attack on the smoothed classifier, its reach growing over the first epochs."""
+
+    epsilon: float = Field(gt=0, description="length of the perturbation, at most", json_schema_extra=unit("[0, 1] pixels"))
+    warmup: int = Field(
+        10, ge=0, description="epochs over which epsilon grows to its value; 0 or 1: none", json_schema_extra=unit("epochs")
+    )
+
+    def reach(self, epoch: int) -> float:
+        """epsilon * min(1, (epoch + 1) / warmup), with epochs counted from 0."""
+        return self.epsilon * min(1.0, (epoch + 1) / max(self.warmup, 1))
+
+
+class Ascent(SmoothAdv):
+    """From the image, steps of one length along `ascent`, each brought back to where the perturbation may be."""
+
+    steps: int = Field(10, ge=1, description="steps, each of length 2 epsilon / steps")
+
+    def ascent(self, step: TrainStep, moved: Tensor) -> Tensor:
+        """Where to go from `moved`, of any length: (batch, channel, height, width)."""
+        raise NotImplementedError
+
+    def perturb(self, step: TrainStep) -> Tensor:
+        """The moved images (batch, channel, height, width): in [0, 1], at most epsilon away, detached."""
+        epsilon = self.reach(step.epoch)
+        moved = step.images
+        for _ in range(self.steps):
+            uphill = direction(self.ascent(step, moved))
+            moved = within(step.images, moved + 2 * epsilon / self.steps * uphill, epsilon)
+        return moved
+
+
+def gradient(step: TrainStep, logits: Tensor, moved: Tensor) -> Tensor:
+    """The gradient by `moved`, image by image, of J = -log max(mean_i softmax f(moved + delta_i)_y, 1e-20).
+
+    `logits` (m, batch, classes) were computed from `moved` (batch, channel, height, width), which requires a gradient; their
+    graph is freed. Nothing is accumulated in the model's parameters.
+    """
+    from torch.autograd import grad
+
+    p_y = logits.softmax(-1).mean(0).gather(-1, step.labels.unsqueeze(-1))
+    (by_image,) = grad(-p_y.clamp(min=1e-20).log().sum(), moved)
+    return by_image

@@ -1,0 +1,74 @@
+"""Decoupled direction and norm: Rony et al., CVPR 2019 (arXiv 1811.09600), algorithm 1, as SmoothAdv uses it.
+
+SmoothAdv: Salman et al., NeurIPS 2019 (arXiv 1906.04584), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from rscli.api import TrainStep
+from rscli_core.attacks._l2 import direction, norms, within
+from rscli_core.attacks._smoothadv import SmoothAdv, gradient
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Ddn(SmoothAdv):
+    """A search for the nearest adversarial image of the smoothed prediction, by direction and norm (SmoothAdv).
+
+    With J as for PGD, g / (|g| + 1e-8) its normalised gradient at the current point, d = 0 and a norm of epsilon to start with, each
+    of `steps` (T) steps looks at x + d and then
+
+        d    <- d + alpha_k g            alpha_k = 0.01 + 0.99 (1 + cos(pi k / T)) / 2,  k = 1..T
+        norm <- norm (1 - gamma) if x + d was adversarial, else norm (1 + gamma)
+        d    <- norm d / |d|, then x + d rounded to `levels` grey levels and clipped to [0, 1]
+
+    Adversarial: most of the m copies are given another class than y (on equal votes the lower class counts). The shortest
+    adversarial d that was looked at, zero if there was none, is clipped to [0, 1] and projected to |d| <= epsilon.
+
+    Where we differ from the authors' code: where g = 0 it takes a random direction, we stay; it rounds once more after the
+    last projection, which may leave |d| > epsilon, we do not; it caps the norm at the farthest corner of the box, which
+    clipping does for us.
+    """
+
+    steps: int = Field(10, ge=2, description="points that are looked at; the first is the image itself")
+    gamma: float = Field(0.05, gt=0, lt=1, description="relative change of the norm in a step")
+    levels: int = Field(256, ge=2, description="grey levels of the images that are tried")
+
+    def perturb(self, step: TrainStep) -> Tensor:
+        """The moved images (batch, channel, height, width): in [0, 1], at most epsilon away, detached."""
+        images, epsilon = step.images, self.reach(step.epoch)
+        norm = norms(images).fill_(epsilon)
+        best, shortest = images, norm.new_full(norm.shape, math.inf)
+        moved = images
+        for k in range(1, self.steps + 1):
+            moved = moved.detach().requires_grad_()
+            logits = step.logits(moved + step.noise)
+            adversarial = (_vote(logits) != step.labels).reshape(norm.shape)
+            length = norms(moved.detach() - images)
+            better = adversarial & (length < shortest)
+            best, shortest = moved.detach().where(better, best), length.where(better, shortest)
+            if k < self.steps:  # where the last step would lead is never looked at
+                norm = norm * (1 + self.gamma - 2 * self.gamma * adversarial)
+                moved = self._next(images, moved.detach(), self._alpha(k) * direction(gradient(step, logits, moved)), norm)
+        return within(images, best, epsilon)
+
+    def _alpha(self, k: int) -> float:
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * k / self.steps)) / 2
+
+    def _next(self, images: Tensor, moved: Tensor, stride: Tensor, norm: Tensor) -> Tensor:
+        """The next point: `norm` (batch, 1, 1, 1) away in the direction of d + stride, rounded to grey levels, in [0, 1]."""
+        point = images + norm * direction(moved - images + stride)
+        return ((point * (self.levels - 1)).round() / (self.levels - 1)).clamp(0, 1)
+
+
+def _vote(logits: Tensor) -> Tensor:
+    """The class (batch,) that most copies of `logits` (m, batch, classes) are given; the lowest on equal votes."""
+    from torch.nn.functional import one_hot
+
+    return one_hot(logits.argmax(-1), logits.shape[-1]).sum(0).argmax(-1)

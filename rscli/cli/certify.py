@@ -1,0 +1,110 @@
+"""`rscli certify`"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rscli.cli import options as opt
+
+
+def certify(
+    model: Annotated[Path, typer.Argument(help="A model file (model.safetensors), or its run folder.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Samples an image.")] = 100_000,
+    n0: Annotated[int, typer.Option("--n0", min=1, help="Selection samples an image.")] = 100,
+    alpha: Annotated[float, typer.Option("--alpha", help="Probability that a certificate is wrong, at most.")] = 0.001,
+    certifier: Annotated[str, typer.Option("--certifier", help="See `rscli plugins`.")] = "cohen",
+    radii: Annotated[
+        str | None, typer.Option("--radii", help="Radii to decide, as 0.25,0.5 (certifiers that ask for them).")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Which images.")] = "test",
+    start: Annotated[int, typer.Option("--start", min=0, help="Index of the first image.")] = 0,
+    skip: Annotated[
+        int, typer.Option("--skip", min=1, help="Take every K-th image (100 gives ImageNet's 500).", metavar="K")
+    ] = 1,
+    max: Annotated[int | None, typer.Option("--max", min=1, help="Certify at most so many images.", metavar="M")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Result file.  [default: results.tsv beside the model]")] = None,
+    resume: opt.Resume = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
+    data_dir: opt.DataDir = opt.DATA_DIR,
+    sets: opt.Sets = None,
+    download: opt.Download = False,
+    device: opt.Device = "auto",
+    batch: opt.Batch = 256,
+    precision: opt.Precision = "fp32",
+    channels_last: opt.ChannelsLast = True,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Certify a model: for each image a class and the L2 radius in which it provably cannot change, or an abstention.
+
+    Writes one row an image (idx, label, predict, radius, correct, time, then counts) and, beside it, the protocol. A row is
+    on disk as soon as its image is decided; --resume goes on after any interruption, and a larger --max extends a run.
+
+    Examples:
+
+        rscli certify runs/digits-cons-0.25/seed0/model.safetensors --n 10000
+
+        rscli certify model.safetensors --n 100000 --max 500 --out results.tsv --resume
+
+        rscli certify model.safetensors --skip 100 --set data.path=val-2
+    """
+    from rscli.cli.output import emit_json, listener
+    from rscli.engine.certify import CertifyOptions, SamplingOptions
+    from rscli.engine.certify import certify as run
+
+    path = model_path(model)
+    settings = _settings(sets or [])
+    progress = listener(quiet)
+    tally = run(
+        CertifyOptions(
+            model=path,
+            out=out or path.parent / "results.tsv",
+            data_dir=data_dir,
+            certifier={"name": certifier, "n": n, "n0": n0, "alpha": alpha, **settings["certifier"]},
+            data=settings["data"],
+            split=split,
+            start=start,
+            skip=skip,
+            max=max,
+            radii=opt.numbers(radii, "--radii"),
+            resume=resume,
+            download=download,
+            sampling=SamplingOptions(device=device, batch=batch, precision=precision, channels_last=channels_last, seed=seed),
+        ),
+        progress,
+    )
+    progress.note(
+        f"{tally.out}: {tally.images} images, {tally.abstained} abstained, "
+        f"certified accuracy {100 * tally.certified_accuracy:.2f}%, ACR {tally.acr:.4f}; "
+        f"{tally.samples:,} samples in {tally.seconds:.1f} s"
+    )
+    if json:
+        emit_json(asdict(tally))
+
+
+def model_path(path: Path) -> Path:
+    """The model file at `path`, or in the run folder `path`."""
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def _settings(texts: list[str]) -> dict[str, dict[str, Any]]:
+    """`--set data.KEY=VALUE` and `--set certifier.KEY=VALUE`, by section. Raises `InputError` for any other key."""
+    from rscli.config.settings import parse_sets
+    from rscli.errors import ConfigError
+
+    chosen, problems = parse_sets(texts)
+    found: dict[str, dict[str, Any]] = {"data": {}, "certifier": {}}
+    for key, setting in chosen.items():
+        if len(key) == 2 and key[0] in found:
+            found[key[0]][key[1]] = setting.value
+        else:
+            problems.append(
+                f"--set {'.'.join(key)} is not a setting of certify: it takes data.KEY=VALUE and certifier.KEY=VALUE"
+            )
+    if problems:
+        raise ConfigError(problems)
+    return found

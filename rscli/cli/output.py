@@ -1,0 +1,149 @@
+"""Where output goes: answers to stdout, everything for the eye to stderr; bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from rscli.engine.progress import Progress
+
+LINE_SECONDS = 10.0
+"""Without a terminal: seconds between two lines of progress."""
+
+
+def stdout() -> Console:
+    """The console for answers. Not cut to a width when piped; NO_COLOR is honoured."""
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+
+
+def stderr() -> Console:
+    """The console for messages and progress."""
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def emit_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def emit_json_line(value: Any) -> None:
+    """One JSON line on stdout, at once."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def listener(quiet: bool) -> Progress:
+    """The listener for the engine: silent, a bar, or plain lines."""
+    from rscli.engine.progress import Silent
+
+    if quiet:
+        return Silent()
+    return BarProgress() if sys.stderr.isatty() else LineProgress()
+
+
+class LineProgress:
+    """Progress as plain lines on stderr, one every few seconds: for logs."""
+
+    def __init__(self, seconds: float = LINE_SECONDS) -> None:
+        self._seconds = seconds
+        self._task, self._unit, self._total, self._before = "", "", 0, 0
+        self._began = self._said = 0.0
+        self._last: tuple[int, dict[str, str]] | None = None
+
+    def start(self, task: str, total: int, done: int, unit: str) -> None:
+        """Remembers the task; the first line comes after some seconds."""
+        self._task, self._unit, self._total, self._before = task, unit, total, done
+        self._began = self._said = time.monotonic()
+        self._last = None
+
+    def update(self, done: int, figures: dict[str, str]) -> None:
+        """A line, if the last one is old enough."""
+        self._last = (done, figures)
+        if time.monotonic() - self._said >= self._seconds:
+            self._say(done, figures)
+
+    def finish(self) -> None:
+        """The last state, if there was one."""
+        if self._last is not None:
+            self._say(*self._last)
+
+    def note(self, text: str) -> None:
+        """A line."""
+        print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A line marked as a warning."""
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def _say(self, done: int, figures: dict[str, str]) -> None:
+        now = time.monotonic()
+        self._said = now
+        fresh = done - self._before
+        left = (now - self._began) / fresh * (self._total - done) if fresh else None
+        eta = "" if left is None else f", {_clock(left)} left"
+        shown = "".join(f", {name} {value}" for name, value in figures.items())
+        print(f"{self._task} {done}/{self._total} {self._unit}{shown}{eta}", file=sys.stderr, flush=True)
+
+
+class BarProgress:
+    """Progress as a bar on a terminal, with the figures beside it."""
+
+    def __init__(self) -> None:
+        self._console = stderr()
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def start(self, task: str, total: int, done: int, unit: str) -> None:
+        """Shows a bar."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self._console, transient=False)
+        self._bar.start()
+        self._task = self._bar.add_task(task, total=total, completed=done, figures="")
+
+    def update(self, done: int, figures: dict[str, str]) -> None:
+        """Moves the bar; the bar itself redraws a few times a second."""
+        if self._bar is not None and self._task is not None:
+            shown = "  ".join(f"{name} {value}" for name, value in figures.items())
+            self._bar.update(self._task, completed=done, figures=shown)
+
+    def finish(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A yellow line above the bar."""
+        self._console.print(f"warning: {text}", style="yellow", markup=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}"

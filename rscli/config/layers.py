@@ -1,0 +1,190 @@
+"""Puts a training configuration together from its layers, and remembers where every value came from.
+
+    defaults < preset < --config FILE < --set key=value < flags such as --seed
+
+Naming another plugin in a higher layer drops what lower layers said in that section: those fields belong to the other plugin.
+Everything that is wrong is reported at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from rscli import registry
+from rscli.api import Architecture, Attack, Dataset, Loss, Noise, Plugin, Provenance, fields_of
+from rscli.config.files import read_settings
+from rscli.config.presets import load_preset
+from rscli.config.problems import Problems
+from rscli.config.schema import SECTIONS, Optimizer, Schedule, TrainConfig
+from rscli.config.settings import Key, Setting, Settings, dotted, flatten, leaves, nest, parse_sets, scalars, stack
+from rscli.errors import PluginError
+
+DEFAULTS: Settings = {("noise", "name"): Setting("gaussian", "default")}
+"""The defaults that neither the schema nor a plugin can say."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration that holds: values, the plugins built from them, and the layer that each value came from.
+
+    `plugins` maps a section to its plugin; `sources` maps a dotted key to `default`, `preset NAME`, a file, `--set` or a flag.
+    """
+
+    config: TrainConfig
+    plugins: dict[str, Plugin]
+    sources: dict[str, str]
+    provenance: list[Provenance]
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data set."""
+        return cast(Dataset, self.plugins["data"])
+
+    @property
+    def architecture(self) -> Architecture:
+        """The architecture."""
+        return cast(Architecture, self.plugins["arch"])
+
+    @property
+    def noise(self) -> Noise:
+        """The smoothing distribution."""
+        return cast(Noise, self.plugins["noise"])
+
+    @property
+    def loss(self) -> Loss:
+        """The objective."""
+        return cast(Loss, self.plugins["loss"])
+
+    @property
+    def attack(self) -> Attack | None:
+        """What moves the clean images, if anything does."""
+        return cast("Attack | None", self.plugins.get("attack"))
+
+    @property
+    def chunked(self) -> bool:
+        """Whether a batch is split into m chunks: as `chunk` says, or else as the loss wants."""
+        return self.loss.chunked if self.config.chunk is None else self.config.chunk
+
+    def as_dict(self) -> dict[str, Any]:
+        """The full configuration, defaults of plugins included, as plain JSON values; `rebuild` turns it back."""
+        return self.config.model_dump(mode="json")
+
+
+def resolve(
+    preset: str | None = None,
+    config_file: Path | None = None,
+    sets: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Resolved:
+    """The configuration from its layers, lowest first; `flags` maps dotted keys to values, None: not given.
+
+    Raises `ConfigError` with every problem of the values, and `InputError` for an unknown preset or a file that cannot be read.
+    """
+    settings = DEFAULTS
+    if preset is not None:
+        settings = stack(settings, flatten(load_preset(preset).settings, f"preset {preset}"))
+    if config_file is not None:
+        values = read_settings(config_file)
+        values.pop("preset", None)  # the file may be a copy of a preset, which says in that section what it is
+        settings = stack(settings, flatten(values, str(config_file)))
+    chosen, malformed = parse_sets(sets)
+    settings = stack(settings, chosen)
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    settings = stack(settings, {tuple(key.split(".")): Setting(value, _flag(key)) for key, value in given.items()})
+    return _assemble(settings, malformed)
+
+
+def rebuild(config: Mapping[str, Any], source: str = "saved configuration") -> Resolved:
+    """The configuration that `Resolved.as_dict` wrote down. Raises `ConfigError` if it no longer fits the installed plugins."""
+    return _assemble(stack(DEFAULTS, flatten(config, source)))
+
+
+def _assemble(settings: Settings, malformed: Iterable[str] = ()) -> Resolved:
+    """Validates everything, builds the plugins, and fills in their defaults."""
+    problems = Problems(settings, malformed)
+    for key, setting in settings.items():
+        if any(isinstance(number, float) and not math.isfinite(number) for number in scalars(setting.value)):
+            problems.add(key, "must be a finite number")
+    nested = nest(settings)
+    sections = {name: nested.pop(name, None) for name in SECTIONS}
+    head = _head(nested, problems)
+    plugins = {name: plugin for name, given in sections.items() if (plugin := _plugin(name, given, problems)) is not None}
+    if head is not None and "loss" in plugins:
+        _check_chunks(head, cast(Loss, plugins["loss"]), problems)
+    problems.check()
+    assert head is not None  # for mypy: without a head there was a problem
+    names = {name: str(sections[name]["name"]) for name in plugins}
+    config = head.model_copy(update={name: _section(name, names[name], plugin) for name, plugin in plugins.items()})
+    origins = {dotted(key): _origin(key, settings) for key, _ in leaves(config.model_dump(mode="json"))}
+    provenance = [registry.installed().provenance(SECTIONS[name], names[name]) for name in plugins]
+    return Resolved(config, plugins, origins, provenance)
+
+
+def _head(nested: dict[str, Any], problems: Problems) -> TrainConfig | None:
+    """Everything but the plugins' sections, which stay empty here."""
+    problems.models |= {"": TrainConfig, "optimizer": Optimizer, "schedule": Schedule}
+    given = {"optimizer": {}, "schedule": {}, **nested}
+    try:
+        return TrainConfig(**given, data={}, arch={}, noise={}, loss={})
+    except ValidationError as error:
+        problems.add_errors(error, (), given)
+        return None
+
+
+def _plugin(section: str, given: Any, problems: Problems) -> Plugin | None:
+    """The plugin of a section; None if it has none (no attack), or after a problem was noted."""
+    kind, key = SECTIONS[section], (section, "name")
+    if given is None and section == "attack":
+        return None
+    if not isinstance(given, dict | None):
+        problems.add((section,), f"is a section; write {section}.name=NAME")
+        return None
+    found = registry.installed()
+    if given is None or not isinstance(given.get("name"), str):
+        names = ", ".join(dict.fromkeys(entry.name for entry in found.entries(kind)))
+        problems.add(key, f"must name a plugin; write --set {section}.name=NAME, one of: {names}")
+        return None
+    try:
+        plugin = found.load(kind, given["name"])
+        problems.models[section] = plugin
+        variant = found.find(kind, given["name"])[1]
+        if variant is not None and plugin.variant is not None and plugin.variant in given:
+            problems.add((section, plugin.variant), f"is said already by {section}.name = {given['name']!r}; leave one out")
+            return None
+        return found.build(kind, given)
+    except PluginError as error:
+        problems.add(key, f"{error.message}. {error.hint}" if error.hint else error.message)
+    except ValidationError as error:
+        problems.add_errors(error, (section,), given)
+    return None
+
+
+def _check_chunks(head: TrainConfig, loss: Loss, problems: Problems) -> None:
+    chunked = loss.chunked if head.chunk is None else head.chunk
+    if chunked and loss.m > head.batch:
+        problems.add(
+            ("loss", "m"), f"must be at most batch = {head.batch}, which is split into m chunks; or write --set chunk=false"
+        )
+
+
+def _section(section: str, name: str, plugin: Plugin) -> dict[str, Any]:
+    """A plugin's section in full; what the name says (timm/resnet18) is not said again."""
+    _, variant = registry.installed().find(SECTIONS[section], name)
+    said = {plugin.variant} if variant is not None else set()
+    return {"name": name, **{field: value for field, value in fields_of(plugin).items() if field not in said}}
+
+
+def _origin(key: Key, settings: Settings) -> str:
+    """The layer of a value: of the key itself, or of the table that was given whole."""
+    given = next((settings[key[:length]] for length in range(len(key), 0, -1) if key[:length] in settings), None)
+    return "default" if given is None else given.source
+
+
+def _flag(key: str) -> str:
+    return "--" + key.rpartition(".")[2].replace("_", "-")

@@ -1,0 +1,128 @@
+"""Collects everything that is wrong with a configuration, one line a key, so that it can be said at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from rscli.config.schema import SECTIONS
+from rscli.config.settings import Key, Settings, dotted
+from rscli.errors import ConfigError
+
+
+class Problems:
+    """What is wrong with `settings`, after the lines `malformed` of what could not even be read.
+
+    `models` holds the class behind each section (`""`: the top level), as far as known.
+    """
+
+    def __init__(self, settings: Settings, malformed: Iterable[str] = ()) -> None:
+        self.settings = settings
+        self._lines = list(malformed)
+        self.models: dict[str, type[BaseModel]] = {}
+        self._rules: dict[Key, list[str]] = {}
+        self._unknown: list[Key] = []
+
+    def add(self, key: Key, rule: str) -> None:
+        """The value of `key`, or its absence, breaks `rule`."""
+        rules = self._rules.setdefault(key, [])
+        if rule not in rules:
+            rules.append(rule)
+
+    def add_errors(self, error: ValidationError, section: Key, given: Mapping[str, Any]) -> None:
+        """Everything that pydantic found in `section` with the fields `given`."""
+        for detail in error.errors(include_url=False, include_context=False):
+            key = section + _path(detail["loc"], given)
+            if detail["type"] == "extra_forbidden":
+                self._unknown += [leaf for leaf in self.settings if leaf[: len(key)] == key]
+            elif detail["type"] == "missing":
+                self.add(key, self._missing(key))
+            else:
+                self.add(key, _rule(detail))
+
+    def check(self) -> None:
+        """Raises `ConfigError` with a line for every problem, if there is any."""
+        for key in self._unknown:
+            self.add(key, self._unknown_rule(key))
+        order = {key: place for place, key in enumerate(self.settings)}
+        keys = sorted(self._rules, key=lambda key: order.get(key, len(order)))
+        lines = self._lines + [f"{self._where(key)}: {' or '.join(self._rules[key])}" for key in keys]
+        if lines:
+            raise ConfigError(lines)
+
+    def _where(self, key: Key) -> str:
+        setting = self.settings.get(key)
+        return dotted(key) if setting is None else f"{dotted(key)} = {_shown(setting.value)} ({setting.source})"
+
+    def _missing(self, key: Key) -> str:
+        model = self.models.get(key[0] if len(key) > 1 else "")
+        field = model.model_fields.get(key[-1]) if model else None
+        about = f" ({field.description})" if field and field.description else ""
+        return f"is missing{about}; write --set {dotted(key)}=VALUE"
+
+    def _unknown_rule(self, key: Key) -> str:
+        known = sorted(self._known())
+        near = nearest(dotted(key), known)
+        if near:
+            return f"unknown key; did you mean {near}?"
+        section = f"{key[0]}."
+        here = [name for name in known if name.startswith(section)] or [name for name in known if "." not in name]
+        return f"unknown key; the keys here are {', '.join(here)}"
+
+    def _known(self) -> Iterable[str]:
+        """Every key that could be written, given the plugins that are named."""
+        for section, model in self.models.items():
+            for name in model.model_fields:
+                if section:
+                    yield f"{section}.{name}"
+                elif name not in self.models and name not in SECTIONS:
+                    yield name
+        yield from (f"{section}.name" for section in SECTIONS)
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The known dotted key that `key` most likely means: its last part right, or a small slip anywhere. None: none is near."""
+    last = key.rpartition(".")[2]
+
+    def likeness(other: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, key, other).ratio()
+        part = difflib.SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
+        return max(whole, part), whole  # the same last part in several sections: the section decides
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= 0.6 else None
+
+
+def _path(loc: tuple[int | str, ...], given: Any) -> Key:
+    """The part of pydantic's location that is a key: it goes on into list items and branches of unions, which no user wrote."""
+    path: list[str] = []
+    for part in loc:
+        if not isinstance(given, Mapping):
+            break
+        path.append(str(part))
+        given = given.get(part)
+    return tuple(path)
+
+
+def _rule(detail: ErrorDetails) -> str:
+    """Pydantic's message as a rule: `must be greater than 0`."""
+    if detail["type"] == "model_type":
+        return "is a section with keys of its own, not a value"
+    message = detail["msg"].removeprefix("Value error, ")
+    for theirs, ours in (
+        ("Input should ", "must "),
+        ("String should ", "must "),
+        ("List should ", "must "),
+        ("Tuple should ", "must "),
+    ):
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,118 @@
+"""Settings as flat dotted keys, each with the layer it came from; layers are stacked one over the other."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rscli.config.schema import SECTIONS
+
+Key = tuple[str, ...]
+"""A dotted key, split: `loss.lbd` is `("loss", "lbd")`."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and the layer that it came from."""
+
+    value: Any
+    source: str
+
+
+Settings = dict[Key, Setting]
+"""Every value that was given, flat: no key is the beginning of another."""
+
+
+def dotted(key: Key) -> str:
+    """The key as a user writes it."""
+    return ".".join(key)
+
+
+def flatten(values: Mapping[str, Any], source: str) -> Settings:
+    """Nested tables as flat settings. An empty section says nothing; an empty table inside a section is a value."""
+    return {key: Setting(value, source) for key, value in leaves(values) if not (value == {} and len(key) == 1)}
+
+
+def stack(lower: Settings, higher: Settings) -> Settings:
+    """`higher` over `lower`: fields of a plugin that `higher` replaces by another are dropped."""
+    renamed = {
+        section
+        for section in SECTIONS
+        if (name := (section, "name")) in higher and name in lower and higher[name].value != lower[name].value
+    }
+    return _overlay({key: setting for key, setting in lower.items() if key[0] not in renamed}, higher)
+
+
+def parse_sets(sets: Iterable[str]) -> tuple[Settings, list[str]]:
+    """The settings in `key=value` texts, the last one of a key winning; and a line for each text of another shape.
+
+    A value is read as TOML; what is no TOML is a plain string, and the bare word none takes a value away.
+    """
+    settings: Settings = {}
+    malformed = []
+    for text in sets:
+        key, equals, value = text.partition("=")
+        parts = tuple(part.strip() for part in key.split("."))
+        if not equals or not all(parts):
+            malformed.append(f"--set {text!r}: must read key=value, such as --set loss.lbd=5")
+            continue
+        nested: Any = _value(value.strip())
+        for part in reversed(parts):
+            nested = {part: nested}
+        settings = _overlay(settings, flatten(nested, "--set"))
+    return settings, malformed
+
+
+def nest(settings: Settings) -> dict[str, Any]:
+    """Flat settings as nested tables."""
+    nested: dict[str, Any] = {}
+    for key, setting in settings.items():
+        table = nested
+        for part in key[:-1]:
+            table = table.setdefault(part, {})
+        table[key[-1]] = setting.value
+    return nested
+
+
+def leaves(values: Mapping[str, Any], start: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """Every value that is no table, or an empty one, with its key."""
+    for part, value in values.items():
+        key = (*start, str(part))
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, key)
+        else:
+            yield key, value
+
+
+def scalars(value: Any) -> Iterator[Any]:
+    """Every value inside lists and tables, or the value itself."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from scalars(item)
+    elif isinstance(value, Mapping):
+        yield from scalars(list(value.values()))
+    else:
+        yield value
+
+
+def _overlay(lower: Settings, higher: Settings) -> Settings:
+    """`higher` over `lower`; a value replaces a table of the same key, and the other way round."""
+    starts = {key[:length] for key in higher for length in range(1, len(key) + 1)}
+    kept = {
+        key: setting
+        for key, setting in lower.items()
+        if key not in starts and not any(key[:n] in higher for n in range(len(key)))
+    }
+    return {**kept, **higher}
+
+
+def _value(text: str) -> Any:
+    if text == "none":
+        return None
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text  # a line break could smuggle in another key

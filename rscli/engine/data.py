@@ -1,0 +1,332 @@
+"""The images of a split as the engine wants them: one by one for certification, in batches on a device for training.
+
+A batch depends on the seed, the epoch and its number alone: not on the device, on the number of workers or processes, or on
+where a resumed run starts. (Augmentations are drawn on the CPU for that reason; they are three numbers an image.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils import data as torch_data
+
+from rscli.api import Augmentation, Dataset, DataSpec, FileImages, MemoryImages, Transform
+from rscli.engine.seeds import derive, generator
+from rscli.engine.transforms import Moves, apply_moves, augment, draw_moves, load_image, load_resized_crop, moves_images
+from rscli.errors import InputError, PluginError
+
+CACHE_CHUNK = 256
+"""Images that a worker decodes at a time when a split of files is brought into memory."""
+
+
+def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, download: bool = False, workers: int = 0) -> Split:
+    """The images of `split` of `dataset` under the data folder `root`; `workers` processes decode files (0: this one does).
+
+    Raises `InputError` if the split or its files are missing, `PluginError` if the plugin returns anything but what its
+    contract promises.
+    """
+    found = dataset.load(split, root, download=download)
+    _verify(type(dataset).__name__, found, spec)
+    if isinstance(found, MemoryImages):
+        return MemorySplit(found.images, found.labels, spec)
+    files = FileSplit(found.paths, found.labels, spec, workers=workers)
+    # Asked for by `imagefolder`: decoded once, with the test transform, and held in memory.
+    cache = getattr(found, "cache", False) and not spec.augmentation.resized_crop
+    return files.in_memory() if cache else files
+
+
+# --- splits ------------------------------------------------------------------------------------------------------------------
+
+
+class Split(ABC):
+    """The images of one split, in a fixed order."""
+
+    def __init__(self, labels: NDArray[np.int64], spec: DataSpec) -> None:
+        self.labels = labels
+        """int64 (n,)"""
+        self.spec = spec
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def steps(self, batch: int) -> int:
+        """Batches in an epoch; the last may be short."""
+        return -(-len(self) // batch)
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A SHA-256 (hex) that tells this split from another: the same images in the same order have the same one."""
+
+    @abstractmethod
+    def image(self, index: int) -> Tensor:
+        """Image `index` under the test transform: float32 (channel, height, width) in [0, 1], on the CPU."""
+
+    @abstractmethod
+    def batches(
+        self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The augmented training batches of an epoch, on `device`: float32 (b, channel, height, width) in [0, 1], int64 (b,).
+
+        Every image comes once, in an order that depends on `seed` and `epoch` alone. The first `start` batches are skipped
+        without being read. Each of `world` processes gets its `rank`-th slice of every batch of `batch` images: slices differ
+        by one image at most, and may be empty when fewer images than processes are left for the last batch.
+        """
+
+    def _parts(self, *, seed: int, epoch: int, batch: int, start: int, rank: int, world: int) -> list[_Part]:
+        """What one process reads of each batch, from batch `start` on."""
+        order = torch.randperm(len(self), generator=generator("cpu", seed, "order", epoch))
+        parts = []
+        for number in range(start, self.steps(batch)):
+            whole = order[number * batch : (number + 1) * batch]
+            rows = slice(rank * len(whole) // world, (rank + 1) * len(whole) // world)
+            parts.append(_Part(number, len(whole), rows, whole[rows]))
+        return parts
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One process's slice of a batch: the batch's number and size, the rows of the slice, and the images in it."""
+
+    number: int
+    size: int
+    rows: slice
+    indices: Tensor
+
+
+class MemorySplit(Split):
+    """Images held as uint8, moved to the device once."""
+
+    def __init__(
+        self, images: NDArray[np.uint8], labels: NDArray[np.int64], spec: DataSpec, *, fingerprint: str | None = None
+    ) -> None:
+        super().__init__(labels, spec)
+        self._images = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        self._moved = (self._images, torch.from_numpy(np.require(labels, requirements=["C", "W"])))
+        self._known_fingerprint = fingerprint
+
+    def fingerprint(self) -> str:
+        """The hash of the shape, the pixels and the labels; of the files, where they came from files."""
+        return self._known_fingerprint or self._pixel_fingerprint
+
+    @cached_property
+    def _pixel_fingerprint(self) -> str:
+        return _digest(str(tuple(self._images.shape)).encode(), self._images.numpy().data, _label_bytes(self.labels))
+
+    def image(self, index: int) -> Tensor:
+        """Image `index`: float32 (channel, height, width) in [0, 1], on the CPU."""
+        return to_unit(self._images[index])
+
+    def batches(
+        self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Split.batches`. Augmentations are keyed by the batch's number."""
+        images, labels = self._on(torch.device(device))
+        change = self.spec.augmentation
+        for part in self._parts(seed=seed, epoch=epoch, batch=batch, start=start, rank=rank, world=world):
+            indices = part.indices.to(images.device, non_blocking=True)
+            taken = images[indices]
+            if moves_images(change):
+                # Drawn for the whole batch, so that an image is moved alike however many processes share the batch.
+                moves = draw_moves(part.size, change, generator("cpu", seed, "augment", epoch, part.number))
+                taken = apply_moves(taken, change.padding, Moves(*(each[part.rows] for each in moves)))
+            yield to_unit(taken), labels[indices]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._moved[0].device != device:
+            images, labels = (each.to(device) for each in self._moved)
+            self._moved = (images, labels)
+        return self._moved
+
+
+class FileSplit(Split):
+    """Images read from disk whenever they are wanted, by `workers` processes (0: by this one)."""
+
+    def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64], spec: DataSpec, *, workers: int = 0) -> None:
+        super().__init__(labels, spec)
+        # One block of bytes: worker processes share it, while a million Path objects would be copied into each of them.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._workers = workers
+
+    def path(self, index: int) -> Path:
+        """Where image `index` is."""
+        return _path(self._paths, index)
+
+    def fingerprint(self) -> str:
+        """The hash of the labels, sizes and paths of the files, the paths below their common folder (so that it can move)."""
+        return self._file_fingerprint
+
+    @cached_property
+    def _file_fingerprint(self) -> str:
+        paths = [self.path(i) for i in range(len(self))]
+        common = os.path.commonpath({path.parent for path in paths})
+        lines = (f"{path.relative_to(common).as_posix()}\t{_size(path)}\n".encode() for path in paths)
+        return _digest(*lines, _label_bytes(self.labels))
+
+    def image(self, index: int) -> Tensor:
+        """Image `index` under the test transform. Raises `InputError`, naming the file, if it cannot be read."""
+        return to_unit(load_image(self.path(index), self.spec.test_transform))
+
+    def batches(
+        self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Split.batches`. Augmentations are keyed by the image's index."""
+        device = torch.device(device)
+        parts = self._parts(seed=seed, epoch=epoch, batch=batch, start=start, rank=rank, world=world)
+        reader = _Reader(self._paths, self.spec.test_transform, self.spec.augmentation, (seed, "augment", epoch))
+        pixels = self._read(reader, [part.indices.numpy() for part in parts], pin=device.type == "cuda")
+        for part, images in zip(parts, pixels, strict=True):
+            labels = torch.from_numpy(self.labels[part.indices.numpy()])
+            yield to_unit(images.to(device, non_blocking=True)), labels.to(device)
+
+    def in_memory(self) -> MemorySplit:
+        """The same split, every file decoded now with the test transform. Raises `InputError`, naming one that is broken."""
+        images = np.empty((len(self), *self.spec.shape), np.uint8)
+        chunks = [np.arange(at, min(at + CACHE_CHUNK, len(self))) for at in range(0, len(self), CACHE_CHUNK)]
+        for rows, pixels in zip(chunks, self._read(_Reader(self._paths, self.spec.test_transform), chunks), strict=True):
+            images[rows] = pixels.numpy()
+        return MemorySplit(images, self.labels, self.spec, fingerprint=self.fingerprint())
+
+    def _read(self, reader: _Reader, wanted: list[NDArray[np.int64]], *, pin: bool = False) -> Iterator[Tensor]:
+        loader = torch_data.DataLoader(
+            reader,
+            sampler=wanted,  # every item is a whole batch: its images' indices
+            batch_size=None,
+            num_workers=self._workers,
+            pin_memory=pin,
+            worker_init_fn=_leave_interrupts_to_the_parent,
+            generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
+        )
+        for images in loader:
+            if isinstance(images, InputError):
+                raise images
+            yield images
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [0, 1], on the same device."""
+    # A tensor as divisor: CUDA multiplies by the reciprocal of a number, which is off by one bit for some pixels.
+    return images.float() / torch.full((), 255.0, device=images.device)
+
+
+# --- reading files, perhaps in worker processes ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reader(torch_data.Dataset[Tensor | InputError]):
+    """Reads the images with given indices; with a `key`, augmented by draws that are keyed by the image's index."""
+
+    paths: NDArray[np.bytes_]
+    transform: Transform
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    key: tuple[int, str, int] | None = None
+
+    def __getitem__(self, indices: NDArray[np.int64]) -> Tensor | InputError:
+        """uint8 (b, channel, height, width); or the error, as a value: raised in a worker, it would arrive as a traceback."""
+        out = torch.empty(len(indices), self.transform.channels, *self.transform.crop, dtype=torch.uint8)
+        try:
+            for row, index in enumerate(indices.tolist()):
+                out[row] = self._one(index)
+        except InputError as error:
+            return error
+        return out
+
+    def _one(self, index: int) -> Tensor:
+        path = _path(self.paths, index)
+        if self.key is None:
+            return load_image(path, self.transform)
+        seed, purpose, epoch = self.key
+        if self.augmentation.resized_crop:
+            rng = np.random.default_rng(derive(seed, purpose, epoch, index))
+            image = load_resized_crop(path, self.transform, rng)
+        else:
+            image = load_image(path, self.transform)
+        return augment(image[None], self.augmentation, generator("cpu", seed, purpose, epoch, index))[0]
+
+
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    # Ctrl-C reaches every process of the group; the parent may want to finish its step, and ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _path(paths: NDArray[np.bytes_], index: int) -> Path:
+    return Path(os.fsdecode(bytes(paths[index])))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as cause:
+        raise InputError(f"cannot read the image {path}: {cause.strerror}", "Restore the file.") from cause
+
+
+def _digest(*blocks: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _label_bytes(labels: NDArray[np.int64]) -> bytes:
+    return labels.astype("<i8").tobytes()
+
+
+# --- what a plugin returned --------------------------------------------------------------------------------------------------
+
+
+def _verify(name: str, found: object, spec: DataSpec) -> None:
+    """Raises `PluginError`, naming the data set, if a plugin's answer breaks its contract."""
+    problem = _spec_problem(spec) or _images_problem(found, spec)
+    if problem:
+        raise PluginError(f"the data set {name} breaks its contract: {problem}", "Report this to the author of the plugin.")
+
+
+def _spec_problem(spec: DataSpec) -> str | None:
+    channels, transform = spec.shape[0], spec.test_transform
+    if (transform.channels, *transform.crop) != spec.shape:
+        return f"its test transform gives {(transform.channels, *transform.crop)}, its shape is {spec.shape}"
+    for what, values in (("mean", spec.mean), ("std", spec.std)):
+        if values is not None and len(values) != channels:
+            return f"its {what} has {len(values)} values for {channels} channels"
+    return None
+
+
+def _images_problem(found: object, spec: DataSpec) -> str | None:
+    if isinstance(found, MemoryImages):
+        count, problem = len(found.images), _pixels_problem(found, spec)
+    elif isinstance(found, FileImages):
+        count, problem = len(found.paths), None
+    else:
+        return f"load() returned {type(found).__name__}, neither MemoryImages nor FileImages"
+    return problem or _labels_problem(found.labels, count, len(spec.class_names))
+
+
+def _pixels_problem(found: MemoryImages, spec: DataSpec) -> str | None:
+    images = found.images
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        return f"its images are {getattr(images, 'dtype', type(images).__name__)}, not a uint8 array"
+    if images.shape[1:] != spec.shape:
+        return f"its images have shape {images.shape[1:]}, its spec says {spec.shape}"
+    return "only images in files can have a random resized crop" if spec.augmentation.resized_crop else None
+
+
+def _labels_problem(labels: object, count: int, classes: int) -> str | None:
+    if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.ndim != 1:
+        return "its labels are not an int64 array with one dimension"
+    if len(labels) != count:
+        return f"it has {count} images and {len(labels)} labels"
+    if not count:
+        return "it has no images"
+    if labels.min() < 0 or labels.max() >= classes:
+        return f"its labels go from {labels.min()} to {labels.max()}, for {classes} classes"
+    return None

@@ -1,0 +1,83 @@
+"""Devices, precision, and what the environment is."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from rscli.errors import InputError
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+PACKAGES = ("rscli", "torch", "torchvision", "timm", "numpy", "scipy", "pydantic", "safetensors", "scikit-learn", "matplotlib")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; `auto` is CUDA if there is one, then Apple's MPS, then the CPU.
+
+    Raises `InputError` if torch does not know it or cannot reach it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
+        reason = str(cause).strip().splitlines()[0]
+        raise InputError(
+            f"the device {name!r} cannot be used: {reason}", "`rscli doctor` lists what this machine has."
+        ) from cause
+    return device
+
+
+def precision_scope(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a forward runs in `precision` (fp32, tf32, bf16). TF32 exists on CUDA only.
+
+    fp32 means it: TF32 is switched off, also where a library had switched it on. Raises `InputError` for other names.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}")
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision tf32 exists on CUDA devices only, not on {device.type}", "Use fp32 or bf16.")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def memory_layout(channels_last: bool) -> torch.memory_format:
+    """The layout of images and convolutions (batch, channel, height, width)."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called by its maker, as far as torch tells."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of every library that figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result may depend on besides its configuration: for the record in run folders and protocols."""
+    return {
+        "device": str(device),
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "versions": versions(),
+    }

@@ -1,0 +1,102 @@
+"""What this machine has and can do, and what to do about what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import cast
+
+import torch
+from pydantic import ValidationError
+
+from rscli.api import Dataset, Finding
+from rscli.config.presets import list_presets
+from rscli.engine.devices import device_name, versions
+from rscli.errors import RscliError
+from rscli.registry import installed, load_entry
+
+
+def examine(data_dir: Path) -> dict[str, list[Finding]]:
+    """The findings, by heading. Trains nothing, reads no images, changes nothing."""
+    return {
+        "versions": list(_versions()),
+        "devices": list(_devices()),
+        f"data sets under {data_dir}": list(_datasets(data_dir)),
+        "plugins": list(_plugins()),
+    }
+
+
+def _versions() -> Iterator[Finding]:
+    for package, version in versions().items():
+        missing = version == "missing"
+        yield Finding(not missing, f"{package} {version}", f"pip install {package}" if missing else None)
+
+
+def _devices() -> Iterator[Finding]:
+    yield Finding(True, f"cpu: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads{_abilities('cpu')}")
+    for number in range(torch.cuda.device_count()):
+        yield Finding(True, f"cuda:{number}: {device_name(torch.device('cuda', number))}{_abilities('cuda')}")
+    if torch.backends.mps.is_available():
+        yield Finding(True, f"mps{_abilities('mps')}")
+    if torch.version.cuda and not torch.cuda.is_available():
+        hint = "Nothing to do on a machine without an NVIDIA GPU; elsewhere, check the driver with nvidia-smi."
+        yield Finding(True, f"cuda: this torch was built for CUDA {torch.version.cuda}, but reaches no GPU", hint)
+
+
+def _abilities(kind: str) -> str:
+    """Whether the device multiplies in bf16 and whether torch.compile is there, by trying."""
+    able = []
+    try:
+        small = torch.ones(8, 8, device=kind)
+        with torch.autocast(kind, torch.bfloat16):
+            able.append("bf16" if (small @ small).dtype == torch.bfloat16 else "no bf16")
+    except (RuntimeError, ValueError, TypeError):
+        able.append("no bf16")
+    able.append("compile" if _compiles(kind) else "no compile")
+    return f" ({', '.join(able)})"
+
+
+def _compiles(kind: str) -> bool:
+    """torch.compile needs a C++ compiler on the CPU, and Triton on CUDA."""
+    if kind == "cuda":
+        return find_spec("triton") is not None
+    if kind == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            return bool(get_cpp_compiler())
+        except (RuntimeError, OSError):
+            return False
+    return False
+
+
+def _datasets(data_dir: Path) -> Iterator[Finding]:
+    if not data_dir.is_dir():
+        hint = "Make it, or name another with --data-dir or RSCLI_DATA_DIR; the data set `digits` needs none."
+        yield Finding(False, f"there is no folder {data_dir}", hint)
+    for entry in installed().entries("datasets"):
+        try:
+            dataset = cast(type[Dataset], load_entry(entry))()
+        except (RscliError, ValidationError):
+            continue  # broken ones are listed as plugins; some need settings that only the user knows
+        for finding in dataset.check(data_dir):
+            yield Finding(finding.ok, f"{entry.name}: {finding.text}", finding.hint)
+
+
+def _plugins() -> Iterator[Finding]:
+    broken = 0
+    for entry in installed().entries():
+        if entry.kind == "presets":
+            continue
+        try:
+            load_entry(entry)
+        except RscliError as error:
+            broken += 1
+            yield Finding(False, error.message, error.hint)
+    for preset in list_presets():
+        if preset.problem is not None:
+            broken += 1
+            yield Finding(False, f"preset {preset.name} of {preset.package}: {preset.problem}")
+    if not broken:
+        yield Finding(True, f"all {len(installed().entries())} entry points load")

@@ -1,0 +1,75 @@
+"""The running means of an epoch, kept on the device and read by the host now and then."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rscli.api import TrainStep
+from rscli.errors import RscliError
+
+INTERVAL = 16
+"""Steps between two readings: the host waits for the device once in so many steps."""
+
+
+class Meter:
+    """Sums of the loss, its terms and the accuracy under noise, weighted by images; stops the run when they are not finite."""
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        state = state or {"sums": {}, "images": 0}
+        self.sums: dict[str, float] = dict(state["sums"])
+        self.images: int = state["images"]
+        self._counted: int = state["images"]
+        self._waiting: list[tuple[str, float, int, list[str], Tensor]] = []
+
+    def add(self, terms: dict[str, Tensor], loss: Tensor, step: TrainStep, *, where: str, lr: float) -> None:
+        """Remembers one step's scalars. Raises `RscliError` (at a reading) with the first step that was not finite."""
+        values = {"loss": loss, **terms}
+        if "noisy_logits" in step.__dict__:  # only if the loss asked for them: no forward just for the meter
+            right = step.noisy_logits.argmax(-1) == step.labels
+            values["accuracy"] = right.float().mean()
+        row = torch.stack([value.detach().float() for value in values.values()])
+        self.images += len(step.labels)
+        self._waiting.append((where, lr, len(step.labels), list(values), row))
+        if len(self._waiting) >= INTERVAL:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reads what waits on the device. Raises `RscliError` with the step, the terms and the learning rate if not finite."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        table = torch.cat([row for *_, row in waiting]).tolist()
+        position = 0
+        for where, lr, images, names, row in waiting:
+            values = dict(zip(names, table[position : position + len(row)], strict=True))
+            position += len(row)
+            if not all(math.isfinite(value) for value in values.values()):
+                shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
+                hint = "The last checkpoint is untouched. A smaller optimizer.lr, or a smaller weight of the term, often helps."
+                raise RscliError(f"the loss is no longer finite at {where}: {shown} (learning rate {lr:g})", hint)
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value * images
+            self._counted += images
+
+    def means(self) -> dict[str, float]:
+        """The means so far, by name."""
+        self.flush()
+        return {name: value / max(self._counted, 1) for name, value in self.sums.items()}
+
+    def figures(self) -> dict[str, str]:
+        """Loss and accuracy of what has been read, for the eye; waits for nothing."""
+        if not self._counted:
+            return {}
+        shown = {"loss": f"{self.sums['loss'] / self._counted:.4f}"}
+        if "accuracy" in self.sums:
+            shown["accuracy"] = f"{100 * self.sums['accuracy'] / self._counted:.1f}%"
+        return shown
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        self.flush()
+        return {"sums": self.sums, "images": self.images}

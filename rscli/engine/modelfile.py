@@ -1,0 +1,171 @@
+"""Self-describing model files: safetensors whose metadata holds all that is needed to rebuild and certify the model.
+
+The tensors are the network's state dict, under the names that the field uses, without the normalisation layer. The metadata
+has one key, `rscli`, with the `ModelCard` as JSON; the card holds a digest of the tensors, so that a changed file is noticed.
+A file depends on its content alone: the same weights and the same card give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rscli.api import Architecture, Dataset, DataSpec, Noise, Plugin
+from rscli.engine.files import replacing
+from rscli.engine.network import Classifier, build_classifier
+from rscli.errors import InputError, PluginError
+from rscli.registry import Registry, installed
+
+FORMAT: Literal[1] = 1
+
+
+class ModelCard(BaseModel):
+    """What a model file says of itself. Sections hold a plugin's `name` and fields; `plugins` says where each came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = FORMAT
+    rscli: str
+    arch: dict[str, Any]
+    noise: dict[str, Any]
+    data: dict[str, Any]
+    spec: DataSpec
+    plugins: list[dict[str, str]]
+    config: dict[str, Any] | None = None
+    epochs: int | None = None
+    origin: str | None = None
+    tensors_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: its card, the classifier (on the CPU, in eval mode), its plugins, and the digest of the file."""
+
+    card: ModelCard
+    classifier: Classifier
+    noise: Noise
+    sha256: str
+    path: Path
+
+    def dataset(self) -> Dataset:
+        """The data set that the model was trained on. Raises `PluginError` if its plugin is not installed."""
+        return cast(Dataset, _plugin(installed(), "datasets", self.card.data, self.card, self.path))
+
+
+def save_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
+    """Writes the model file atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
+    card = card.model_copy(update={"tensors_sha256": tensors_digest(tensors)})
+    # one key: safetensors writes several in an order that changes from run to run
+    metadata = {"rscli": json.dumps(card.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))}
+    data = save(_unshared(tensors), metadata=metadata)
+    with replacing(path) as beside:
+        beside.write_bytes(data)
+
+
+def load_model(path: Path) -> Model:
+    """Reads a model file, checks it, and rebuilds the classifier.
+
+    Raises `InputError` if the file is missing, foreign, truncated, of a newer format, or its tensors are not those it was
+    written with; `PluginError` if a plugin it needs is not installed.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no model file {path}", "A training run writes model.safetensors into its run folder.")
+    tensors, text = _read(path)
+    card = _card(path, text)
+    if tensors_digest(tensors) != card.tensors_sha256:
+        raise InputError(f"the weights in {path} are not those that it was written with: the file was changed or damaged")
+    registry = installed()
+    architecture = cast(Architecture, _plugin(registry, "architectures", card.arch, card, path))
+    noise = cast(Noise, _plugin(registry, "noises", card.noise, card, path))
+    classifier = build_classifier(architecture, card.spec)
+    try:
+        classifier.network.load_state_dict(tensors)
+    except RuntimeError as cause:
+        raise InputError(f"the weights in {path} do not fit its architecture {card.arch['name']!r}: {cause}") from cause
+    return Model(card, classifier.eval(), noise, file_digest(path), path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of `tensors` (any shapes, on the CPU), in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "rscli" not in metadata:
+                raise InputError(
+                    f"{path} is a safetensors file, but not one of rscli's: it does not say what it holds",
+                    "`rscli train` writes model files that certify and predict can read.",
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata["rscli"]  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as cause:
+        raise InputError(
+            f"{path} is not a whole safetensors file: {cause}",
+            "It may be truncated, or of another kind (a checkpoint of torch.save, say). Copy it again, or train anew.",
+        ) from cause
+
+
+def _card(path: Path, text: str) -> ModelCard:
+    try:
+        raw = json.loads(text)
+        if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
+            raise InputError(f"{path} has format {raw['format']}, this rscli reads up to {FORMAT}", "Update rscli.")
+        return ModelCard.model_validate(raw)
+    except (ValidationError, ValueError) as cause:
+        first = str(cause).splitlines()[0]
+        raise InputError(
+            f"the description inside {path} is broken ({first})", "The file was changed; copy it again."
+        ) from cause
+
+
+def _plugin(registry: Registry, kind: str, section: Mapping[str, Any], card: ModelCard, path: Path) -> Plugin:
+    """The plugin of `section`, taken from the package that the card names."""
+    name = str(section["name"])
+    maker = next((p for p in card.plugins if p["kind"] == kind), None)
+    qualified = f"{maker['package']}:{name}" if maker and ":" not in name else name
+    try:
+        return registry.build(kind, {**section, "name": qualified})
+    except PluginError as cause:
+        hint = (
+            f"It was written with {maker['package']} {maker['version']}: pip install {maker['package']}."
+            if maker
+            else cause.hint
+        )
+        raise PluginError(f"{path} needs the {kind} plugin {name!r}: {cause.message}", hint) from cause
+    except ValidationError as cause:
+        fields = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in cause.errors())
+        raise PluginError(f"the {kind} plugin {name!r} does not take the fields that {path} records: {fields}") from cause
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share their memory with another, which safetensors does not write."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return out

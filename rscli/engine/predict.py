@@ -1,0 +1,155 @@
+"""Prediction: the class that the smoothed classifier gives to single images, with or without a certified radius."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
+from rscli.engine.certify import SamplingOptions, certified_radius
+from rscli.engine.modelfile import Model
+from rscli.engine.progress import Progress
+from rscli.engine.sample import CertifierInquiry, Inquiry
+from rscli.engine.seeds import derive
+from rscli.engine.signals import stop_requests
+from rscli.engine.transforms import load_image
+from rscli.errors import InputError, Stopped
+from rscli.stats.bounds import smallest_n_for, top_two_p_value
+
+
+class MajorityVote(Certifier):
+    """PREDICT of Cohen et al. 2019 (section 3.2.1): the top class of n samples, unless the runner-up could be it.
+
+    Abstains when the two-sided binomial test of the top two counts does not reject 1/2 at level alpha: then the returned
+    class is g(x) with probability at least 1 - alpha. It says nothing of a radius.
+    """
+
+    def selection(self, question: Question) -> int:
+        """None: all samples vote."""
+        return 0
+
+    def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
+        """One look, at n; no class is chosen beforehand."""
+        return Plan(ABSTAIN, (self.n,))
+
+    def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision:
+        """The vote of `counts` (classes,)."""
+        top = int(counts.argmax())
+        first = int(counts[top])
+        second = int(np.delete(counts, top).max(initial=0))
+        sure = top_two_p_value(first, second) <= self.alpha
+        return Decision(top if sure else ABSTAIN, 0.5, 0.5, "vote" if sure else "near-tie")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image: class index and name (ABSTAIN for none), its share of the samples, and maybe a radius.
+
+    `error` is set, and the rest empty, for an image that could not be read.
+    """
+
+    path: Path
+    label: int = ABSTAIN
+    name: str = "ABSTAIN"
+    share: float = 0.0
+    n: int = 0
+    radius: float | None = None
+    error: str | None = None
+
+
+class _Image:
+    """An image to predict, read once; its noise is keyed by its pixels, not by its name or its place in the list."""
+
+    def __init__(self, path: Path, model: Model) -> None:
+        self.path = path
+        self.pixels = load_image(path, model.card.spec.test_transform)
+        self.key = derive(0, "image", hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest())
+
+    def load(self) -> Tensor:
+        return self.pixels.float() / 255
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The image files among `paths`, folders searched to the bottom, in sorted order; files are taken whatever their name.
+
+    Raises `InputError` for a path that does not exist, or if there is no image at all.
+    """
+    found: list[Path] = []
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    for path in paths:
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
+        elif path.exists():
+            found.append(path)
+        else:
+            raise InputError(f"there is no image or folder {path}")
+    if not found:
+        raise InputError(
+            f"no images in {', '.join(map(str, paths))}",
+            "Folders are searched for what Pillow can open: .png, .jpg, .bmp, .gif, .webp, .tif, ...",
+        )
+    return found
+
+
+def vote(n: int, alpha: float) -> MajorityVote:
+    """The rule of a prediction without a radius. Raises `InputError` if not even a unanimous vote of n could decide."""
+    least = smallest_n_for(alpha)
+    if n < least:
+        raise InputError(f"--n is {n}, but at alpha {alpha:g} even a unanimous vote needs at least {least} samples")
+    return MajorityVote(n=n, alpha=alpha)
+
+
+def predict(
+    model: Model, paths: Sequence[Path], certifier: Certifier, sampling: SamplingOptions, progress: Progress
+) -> Iterator[Prediction]:
+    """Predicts every image of `paths`; yields a prediction each, in order of completion, broken images first of their kind.
+
+    With `MajorityVote` the answer has no radius; any other certifier gives one. Raises `Stopped` when asked to stop.
+    """
+    sampler = sampling.sampler(model)
+    classes = len(model.card.spec.class_names)
+    broken: list[Prediction] = []
+    opened: dict[int, Path] = {}
+    done = 0
+
+    def inquiries() -> Iterator[Inquiry]:
+        for path in paths:
+            try:
+                image = _Image(path, model)
+            except InputError as error:
+                broken.append(Prediction(path, error=error.message))
+                continue
+            inquiry = CertifierInquiry(certifier, Question(classes), image.key, image.load)
+            opened[id(inquiry)] = path
+            yield inquiry
+
+    progress.start("predict", len(paths), 0, "image")
+    try:
+        with stop_requests() as stop:
+            for inquiry in sampler.run(inquiries(), lambda: stop.requested):
+                done += 1
+                progress.update(done + len(broken), {})
+                yield _prediction(opened.pop(id(inquiry)), cast(CertifierInquiry, inquiry), model)
+            if stop.requested:
+                raise Stopped(f"stopped as asked, after {done} images", exit_code=stop.exit_code)
+    finally:
+        progress.finish()
+    yield from broken
+
+
+def _prediction(path: Path, inquiry: CertifierInquiry, model: Model) -> Prediction:
+    decision, counts = inquiry.decision, inquiry.counts
+    if decision is None or counts is None:
+        raise RuntimeError("an inquiry ended without a decision")
+    top = int(counts.argmax()) if decision.predict == ABSTAIN else decision.predict
+    name = "ABSTAIN" if decision.predict == ABSTAIN else model.card.spec.class_names[decision.predict]
+    radius = None if isinstance(inquiry.certifier, MajorityVote) else certified_radius(decision, model.noise)
+    return Prediction(path, decision.predict, name, int(counts[top]) / max(inquiry.n, 1), inquiry.n, radius)

@@ -1,0 +1,255 @@
+"""Sampling: the noisy predictions that certifiers ask for, counted on the device, in batches filled across images.
+
+The noise of image i, sample j depends on (seed, i, j) alone: it comes in blocks of `BLOCK` samples, each from a generator keyed
+by (seed, image key, block). Batches have one static shape (the last is padded), and hold whatever samples are wanted next, of
+however many images. The host waits for the device only when an image has all the samples of its next look, and then one
+batch late, so that the device has work meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rscli.api import Certifier, Decision, Noise, Plan, Question
+from rscli.engine.devices import memory_layout, precision_scope
+from rscli.engine.seeds import generator
+from rscli.errors import InputError, PluginError, RscliError
+
+BLOCK = 64
+"""Samples a block of noise; part of the protocol, since another size draws other noise."""
+
+Counts = NDArray[np.int64]
+
+
+class Inquiry(Protocol):
+    """What is asked about one image; the sampler draws `wanted` samples in all, reports counts, and asks again."""
+
+    @property
+    def key(self) -> int:
+        """The image's key for its noise."""
+
+    @property
+    def wanted(self) -> int:
+        """The number of samples, counted from the first, after which `receive` is to be called next."""
+
+    def image(self) -> Tensor:
+        """The image (channel, height, width), float32 in [0, 1]."""
+
+    def receive(self, counts: Counts) -> bool:
+        """Takes the `counts` (classes,) of the samples since the last reset; True when nothing more is wanted."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the counts are to start again at zero: asked after each `receive`."""
+
+
+@dataclass
+class CertifierInquiry:
+    """A certifier's conversation about one image: selection samples, then look after look at fresh ones."""
+
+    certifier: Certifier
+    question: Question
+    key: int
+    load: Callable[[], Tensor]
+    n0: int = field(init=False)
+    plan: Plan | None = None
+    decision: Decision | None = None
+    n: int = 0
+    counts: Counts | None = None
+    fresh: bool = False
+    _look: int = 0
+
+    def __post_init__(self) -> None:
+        self.n0 = self.certifier.selection(self.question)
+        if self.n0 == 0:
+            self._begin(np.zeros(self.question.classes, np.int64))
+
+    @property
+    def wanted(self) -> int:
+        """The selection samples, or the selection samples and those of the next look."""
+        return self.n0 if self.plan is None else self.n0 + self.plan.looks[self._look]
+
+    def image(self) -> Tensor:
+        """The image, loaded when its first samples are drawn."""
+        return self.load()
+
+    def receive(self, counts: Counts) -> bool:
+        """Selection counts make the plan; counts at a look make a decision, or lead to the next look."""
+        self.fresh = self.plan is None
+        if self.plan is None:
+            return self._begin(counts)
+        self.n, self.counts = self.plan.looks[self._look], counts
+        self.decision = self.certifier.decide(counts, self.n, self.plan)
+        self._look += 1
+        if self.decision is None and self._look == len(self.plan.looks):
+            raise PluginError(f"the certifier {type(self.certifier).__name__} did not decide at its last look ({self.n})")
+        return self.decision is not None
+
+    def _begin(self, counts: Counts) -> bool:
+        self.plan = self.certifier.plan(counts, self.question)
+        looks = self.plan.looks
+        if any(b <= a for a, b in zip((0, *looks), looks, strict=False)):
+            raise PluginError(f"the certifier {type(self.certifier).__name__} wants looks that do not increase: {looks}")
+        if not looks and self.n0 == 0:
+            raise PluginError(f"the certifier {type(self.certifier).__name__} wants no samples at all")
+        if not looks:
+            self.counts = np.zeros_like(counts)
+            self.decision = self.certifier.decide(self.counts, 0, self.plan)
+            if self.decision is None:
+                raise PluginError(f"the certifier {type(self.certifier).__name__} wants no more samples, and did not decide")
+        return self.decision is not None
+
+
+@dataclass(eq=False)
+class _Active:
+    """An image that is being sampled: its slot in the table of counts, and how far its samples have been handed out."""
+
+    inquiry: Inquiry
+    slot: int
+    image: Tensor
+    drawn: int = 0
+
+    @property
+    def outstanding(self) -> int:
+        return self.inquiry.wanted - self.drawn
+
+
+class Sampler:
+    """Draws samples for any number of inquiries in batches of one static shape."""
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        noise: Noise,
+        classes: int,
+        *,
+        seed: int,
+        batch: int,
+        device: torch.device,
+        precision: str = "fp32",
+        channels_last: bool = True,
+    ) -> None:
+        if batch < 1:
+            raise InputError(f"the batch size is {batch}, but must be at least 1")
+        self.model, self.noise, self.classes, self.seed, self.batch, self.device = model, noise, classes, seed, batch, device
+        self.precision = precision
+        self.layout = memory_layout(channels_last)
+        slots = 2 * batch + 2  # a batch holds at most `batch` images, and those of one batch before wait for their look
+        self._counts = torch.zeros(slots + 1, classes, dtype=torch.int64, device=device)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._free = deque(range(slots))
+        self._active: list[_Active] = []
+        self.samples = 0
+
+    def run(self, inquiries: Iterable[Inquiry], stop: Callable[[], bool] = lambda: False) -> Iterator[Inquiry]:
+        """Yields each inquiry when it wants no more, in the order in which they end; at most a batch's worth is open at a time.
+
+        `stop` is asked before every batch; once it says True, nothing more is drawn or yielded.
+        Raises `RscliError` if the model's logits are not finite, `PluginError` if they have the wrong shape.
+        """
+        waiting = iter(inquiries)
+        late: tuple[list[_Active], Tensor, torch.cuda.Event | None] | None = None
+        while not stop():
+            segments = self._fill(waiting, wait=late is not None)
+            ready = [active for active, *_ in segments if active.outstanding == 0]
+            with torch.inference_mode(), precision_scope(self.precision, self.device):
+                if segments:
+                    self._launch(segments)
+                snapshot = (ready, *self._snapshot(ready)) if ready else None
+                done = self._look(*late) if late else []
+            late = snapshot
+            yield from done
+            if not segments and late is None and not self._active:
+                return
+
+    def _fill(self, waiting: Iterator[Inquiry], *, wait: bool) -> list[tuple[_Active, int, int]]:
+        """Segments (image, first sample, samples) for the next batch; opens new images when the open ones want too little.
+
+        With `wait`, a batch that could not be filled is put off: a look that is due may want more samples.
+        """
+        room, segments = self.batch, []
+        position = 0
+        while room:
+            if position == len(self._active):
+                inquiry = next(waiting, None) if self._free else None
+                if inquiry is None:
+                    break
+                image = inquiry.image().to(self.device, non_blocking=True)
+                self._active.append(_Active(inquiry, self._free.popleft(), image))
+            active = self._active[position]
+            position += 1
+            take = min(room, active.outstanding)
+            if take:
+                segments.append((active, active.drawn, take))
+                room -= take
+        if room and wait:
+            return []
+        for active, _, take in segments:
+            active.drawn += take
+        return segments
+
+    def _launch(self, segments: list[tuple[_Active, int, int]]) -> None:
+        """Draws the noise of `segments`, runs the model on the batch, and adds its predictions to the counts."""
+        parts = [part for segment in segments for part in self._noisy(*segment)]
+        used = sum(take for *_, take in segments)
+        if used < self.batch:
+            parts.append(torch.zeros(self.batch - used, *parts[0].shape[1:], device=self.device))
+        logits = self.model(torch.cat(parts).contiguous(memory_format=self.layout))
+        if tuple(logits.shape) != (self.batch, self.classes):
+            shape = (self.batch, self.classes)
+            raise PluginError(f"the model returned logits of shape {tuple(logits.shape)}, where {shape} was announced")
+        self._finite &= logits[:used].isfinite().all()
+        slots = torch.tensor([active.slot for active, *_ in segments] + [len(self._counts) - 1])
+        rows = slots.repeat_interleave(torch.tensor([take for *_, take in segments] + [self.batch - used]))
+        places = rows.to(self.device, non_blocking=True) * self.classes + logits.argmax(-1)
+        self._counts.view(-1).scatter_add_(0, places, torch.ones_like(places))
+        self.samples += used
+
+    def _noisy(self, active: _Active, start: int, take: int) -> Iterator[Tensor]:
+        """The noisy images (k, channel, height, width) of samples `start` to `start + take`, block by block."""
+        for block in range(start // BLOCK, (start + take - 1) // BLOCK + 1):
+            random = generator(self.device, self.seed, "sample", active.inquiry.key, block)
+            noise = self.noise.sample((BLOCK, *active.image.shape), generator=random, device=self.device)
+            first = block * BLOCK
+            yield noise[max(start - first, 0) : start + take - first].add_(active.image)
+
+    def _snapshot(self, ready: list[_Active]) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The counts of images whose look is due, on their way to the host; the last row says if all logits were finite."""
+        slots = torch.tensor([active.slot for active in ready]).to(self.device, non_blocking=True)
+        table = torch.cat([self._counts[slots], self._finite.long().expand(1, self.classes)])
+        if self.device.type != "cuda":
+            return table.cpu(), None
+        host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True).copy_(table, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return host, event
+
+    def _look(self, ready: list[_Active], table: Tensor, event: torch.cuda.Event | None) -> list[Inquiry]:
+        """Hands the counts to their inquiries; returns those that are done."""
+        if event is not None:
+            event.synchronize()
+        counts = table.numpy()
+        if not counts[-1].all():
+            hint = "Such a model cannot be certified."
+            raise RscliError("the model returned logits that are not finite (NaN or infinity)", hint)
+        done, again = [], []
+        for active, row in zip(ready, counts, strict=False):
+            finished = active.inquiry.receive(row.copy())
+            if finished or active.inquiry.fresh:
+                again.append(active.slot)
+            if finished:
+                done.append(active)
+        if again:
+            self._counts[torch.tensor(again).to(self.device, non_blocking=True)] = 0
+        for active in done:
+            self._active.remove(active)
+            self._free.append(active.slot)
+        return [active.inquiry for active in done]

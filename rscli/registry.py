@@ -1,0 +1,137 @@
+"""Finds plugins by their entry points, and loads one at a time.
+
+Finding reads package metadata only: nothing of a plugin is imported until it is asked for, so a broken one harms nothing but
+its own use. Core plugins are found the same way as anybody else's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from rscli.api import KINDS, Plugin, Provenance
+from rscli.errors import PluginError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A plugin as its package announces it: where it is, without importing it."""
+
+    kind: str
+    name: str
+    package: str
+    version: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} plugin {self.name!r} of {self.package} {self.version} ({self.target})"
+
+
+class Registry:
+    """The plugins that the installed packages announce."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._entries = sorted(entries, key=lambda e: (KINDS.index(e.kind), e.name, e.package))
+
+    def entries(self, kind: str | None = None) -> list[Entry]:
+        """Every announced plugin, or those of one `kind`, sorted by name."""
+        return [entry for entry in self._entries if kind in (None, entry.kind)]
+
+    def find(self, kind: str, name: str) -> tuple[Entry, str | None]:
+        """The entry called `name`, and the variant behind its slash (`timm/resnet18` is `timm` and `resnet18`).
+
+        `package:name` chooses between packages. Raises `PluginError` if no plugin has that name (naming the nearest) or
+        two packages provide it (naming both).
+        """
+        if kind not in KINDS:
+            raise PluginError(f"there is no kind of plugin called {kind!r}", f"The kinds are: {', '.join(KINDS)}.")
+        package, colon, rest = name.rpartition(":")
+        for plugin_name, variant in ((rest, None), _split(rest)):
+            found = [e for e in self.entries(kind) if e.name == plugin_name and (not colon or _same(e.package, package))]
+            if len(found) > 1:
+                both = " and ".join(f"{e.package} {e.version}" for e in found)
+                choices = " or ".join(f"{e.package}:{name}" for e in found)
+                raise PluginError(f"two packages provide the {kind} plugin {plugin_name!r}: {both}", f"Write {choices}.")
+            if found:
+                return found[0], variant
+        known = [e.name for e in self.entries(kind)] + [f"{e.package}:{e.name}" for e in self.entries(kind)]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise PluginError(
+            f"no installed package provides the {kind} plugin {name!r}", f"{hint}`rscli plugins` lists what is there."
+        )
+
+    def load(self, kind: str, name: str) -> type[Plugin]:
+        """The plugin class called `name` (a variant behind a slash is ignored here).
+
+        Raises `PluginError` if it is unknown, ambiguous, or does not load: whatever its import raises, SystemExit included.
+        """
+        return load_entry(self.find(kind, name)[0])
+
+    def build(self, kind: str, section: Mapping[str, Any]) -> Plugin:
+        """A plugin from a configuration section: `name`, and its fields.
+
+        Raises `PluginError` as `load` does, and pydantic's `ValidationError` if the fields do not fit.
+        """
+        fields = {key: value for key, value in section.items() if key != "name"}
+        entry, variant = self.find(kind, str(section["name"]))
+        plugin = load_entry(entry)
+        if variant is not None:
+            if plugin.variant is None:
+                raise PluginError(f"{entry} takes no variant, so {section['name']!r} means nothing", f"Write {entry.name!r}.")
+            fields = {plugin.variant: variant, **fields}
+        return plugin(**fields)
+
+    def provenance(self, kind: str, name: str) -> Provenance:
+        """Which package, in which version, provides the plugin. Raises `PluginError` as `find` does."""
+        entry, _ = self.find(kind, name)
+        return Provenance(kind, entry.name, entry.package, entry.version)
+
+
+@cache
+def installed() -> Registry:
+    """The registry of everything installed in this environment, read once a process."""
+    found: dict[Entry, None] = {}
+    for kind in KINDS:
+        for point in metadata.entry_points(group=f"rscli.{kind}"):
+            package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
+            found[Entry(kind, point.name, package, version, point.value)] = None
+    return Registry(found)
+
+
+@cache
+def load_entry(entry: Entry) -> type[Plugin]:
+    """Imports one plugin and checks that it is of its kind. Raises `PluginError` with package, version, target and cause."""
+    point = metadata.EntryPoint(entry.name, entry.target, f"rscli.{entry.kind}")
+    try:
+        plugin = point.load()
+    except (Exception, SystemExit) as cause:
+        reason = f"{type(cause).__name__}: {cause}"
+        raise PluginError(f"the {entry} does not load: {reason}", _mend(entry)) from cause
+    if not (isinstance(plugin, type) and issubclass(plugin, Plugin)) or getattr(plugin, "kind", None) != entry.kind:
+        raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", _mend(entry))
+    return plugin
+
+
+def description(plugin: type[Plugin]) -> str:
+    """The first line of a plugin's docstring, without its full stop."""
+    lines = (plugin.__doc__ or "").strip().splitlines()
+    return lines[0].rstrip(".") if lines else ""
+
+
+def _mend(entry: Entry) -> str:
+    return f"Update or uninstall {entry.package} (pip install --upgrade {entry.package}); nothing else is affected."
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    head, slash, tail = name.partition("/")
+    return head, tail if slash else None
+
+
+def _same(a: str, b: str) -> bool:
+    """Whether two spellings name one distribution (PEP 503)."""
+    return a.lower().replace("_", "-").replace(".", "-") == b.lower().replace("_", "-").replace(".", "-")
