@@ -171,7 +171,8 @@ class Architecture(Plugin):
     def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
         """A freshly initialised network from images `input_shape` (channel, height, width) to `classes` logits.
 
-        Raises `rscli.errors.InputError` when it cannot take that shape. Initial weights come from torch's global generator.
+        Raises `rscli.errors.InputError` when it cannot take that shape. Initial weights come from torch's global generator; a
+        field `pretrained`, if there is one, is False when a model file is rebuilt.
         """
         raise NotImplementedError
 
@@ -234,10 +235,14 @@ class MemoryImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """A split read from disk image by image: `paths` in a fixed order, `labels` int64 (n,)."""
+    """A split read from disk image by image: `paths` in a fixed order, `labels` int64 (n,).
+
+    `cache`: the split is small; the engine reads it once, through the test transform, and holds it in memory.
+    """
 
     paths: Sequence[Path]
     labels: NDArray[np.int64]
+    cache: bool = False
 
 
 @dataclass(frozen=True)

@@ -201,8 +201,8 @@ def test_random_resized_crop_draws_areas_and_aspects_in_range(monkeypatch):
         random_resized_crop(image, (4, 4), rng)
     left, top, right, bottom = np.array(boxes).T
     area, aspect = (right - left) * (bottom - top) / 120_000, (right - left) / (bottom - top)
-    assert (0 <= left).all()
-    assert (0 <= top).all()
+    assert (left >= 0).all()
+    assert (top >= 0).all()
     assert (right <= 400).all()
     assert (bottom <= 300).all()
     assert 0.078 < area.min() < 0.12
@@ -436,7 +436,7 @@ def pixels(*shape: int, dtype=np.uint8):
 def test_a_broken_promise_names_the_data_set(answer, text):
     ANSWER[0] = answer
     with pytest.raises(PluginError, match=text) as caught:
-        open_split(Given(), spec_of(Augmentation()), "test", Path("."))
+        open_split(Given(), spec_of(Augmentation()), "test", Path())
     assert "Given" in caught.value.message
 
 
@@ -451,14 +451,14 @@ def test_a_broken_promise_names_the_data_set(answer, text):
 def test_a_spec_that_contradicts_itself_is_refused(change, text):
     ANSWER[0] = MemoryImages(pixels(2, 3, 6, 6), np.array([0, 1]))
     with pytest.raises(PluginError, match=text):
-        open_split(Given(), spec_of(Augmentation()).model_copy(update=change), "test", Path("."))
+        open_split(Given(), spec_of(Augmentation()).model_copy(update=change), "test", Path())
 
 
 def test_a_split_in_memory_gives_its_images_and_labels():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 6, 6), dtype=np.uint8)
     images.flags.writeable = False
     ANSWER[0] = MemoryImages(images, np.array([2, 1]))
-    split = open_split(Given(), spec_of(Augmentation()), "test", Path("."))
+    split = open_split(Given(), spec_of(Augmentation()), "test", Path())
     assert len(split) == 2
     assert split.labels.tolist() == [2, 1]
     assert np.array_equal(split.image(1).numpy(), images[1].astype(np.float32) / np.float32(255))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from scipy.stats import norm
+from torch import nn
 from torch.nn import functional
 
+from rscli.api import TrainStep
 from rscli_core.losses.consistency import Consistency
 from rscli_core.losses.gaussian import GaussianLoss
+from rscli_core.losses.macer import Macer
+from rscli_core.losses.stability import Stability
 
 CLASSES = 4
 LABELS = torch.tensor([2, 0, 3])
@@ -26,7 +32,7 @@ def some_logits(m: int, scale: float = 2.0, seed: int = 0) -> torch.Tensor:
 # --- the formulas, one number at a time --------------------------------------------------------------------------------------
 
 
-def softmax(logits: np.ndarray) -> list[float]:
+def softmax(logits: Sequence[float]) -> list[float]:
     exps = [math.exp(v) for v in logits]
     return [e / sum(exps) for e in exps]
 
@@ -44,7 +50,7 @@ def by_hand(logits: torch.Tensor) -> dict[str, float]:
     m, batch, _ = logits.shape
     sums = dict.fromkeys(("ce", "kl", "entropy", "xent", "mse"), 0.0)
     for b in range(batch):
-        p = [softmax(logits[i, b].numpy()) for i in range(m)]
+        p = [softmax(logits[i, b].tolist()) for i in range(m)]
         pbar = mean_of(p)
         for i in range(m):
             sums["ce"] -= math.log(p[i][LABELS[b]]) / m
@@ -204,3 +210,162 @@ def test_float32_agrees_with_float64_at_a_gap_of_1000() -> None:
     assert values(loss.terms(logits, labels)) == pytest.approx(exact, rel=1e-5)
     gradients = total_gradient(loss, logits, labels), total_gradient(loss, logits.double(), labels)
     torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-3, atol=1e-3)
+
+
+# --- stability and MACER: a step with a linear network, so that noisy and clean logits differ -------------------------------
+
+
+def a_step(m: int, *, drops: int = 0, sigma: float = 0.5, scale: float = 1.0) -> TrainStep:
+    """Three images of 1 x 2 x 3 pixels through a linear network with weights of size `scale`, all in float64."""
+    random = torch.Generator().manual_seed(3)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, CLASSES, dtype=torch.float64))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=random, dtype=torch.float64))
+    images = torch.rand((3, 1, 2, 3), generator=random, dtype=torch.float64)
+    noise = sigma * torch.randn((m, *images.shape), generator=random, dtype=torch.float64)
+    return TrainStep(network, images, LABELS, noise, sigma, 0, drops, random)
+
+
+def given(logits: torch.Tensor, labels: torch.Tensor, *, drops: int = 1, sigma: float = 0.5) -> TrainStep:
+    """A step whose noisy logits (m, batch, classes) are `logits`; its network must not be needed."""
+    step = TrainStep(nn.Identity(), torch.empty(0), labels, torch.empty(0), sigma, 0, drops, torch.Generator())
+    step.__dict__["noisy_logits"] = logits
+    return step
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_stability_agrees_with_plain_loops(m: int) -> None:
+    step = a_step(m)
+    ce = stability = 0.0
+    for b in range(3):
+        clean = softmax(step.model(step.images[b : b + 1])[0].tolist())
+        ce -= math.log(clean[LABELS[b]]) / 3
+        for i in range(m):
+            noisy = softmax(step.model(step.images[b : b + 1] + step.noise[i, b : b + 1])[0].tolist())
+            stability += cross(clean, noisy) / (3 * m)
+    assert values(Stability(m=m, lbd=1.5).step(step)) == pytest.approx({"ce": ce, "stability": 1.5 * stability}, rel=1e-12)
+
+
+def test_stability_has_the_gradient_of_its_value_on_both_sides() -> None:
+    step = a_step(2)
+
+    def terms(images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(Stability(m=2).step(replace(step, images=images, noise=noise)).values())
+
+    assert torch.autograd.gradcheck(terms, (step.images.requires_grad_(), step.noise.requires_grad_()))
+
+
+def test_the_target_of_stability_is_not_detached() -> None:
+    step = a_step(1)
+    step.__dict__["clean_logits"] = clean = some_logits(1)[0].requires_grad_()
+    Stability().step(step)["stability"].backward()
+    assert clean.grad.abs().max() > 1e-3
+
+
+def test_stability_makes_two_forwards_in_train_mode() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(6, CLASSES)).double()
+    Stability().step(replace(a_step(1), model=network))
+    assert network[0].num_batches_tracked == 2
+
+
+def macer_by_hand(logits: torch.Tensor, labels: torch.Tensor, loss: Macer, sigma: float) -> dict[str, float]:
+    """MACER's terms with scipy's normal quantile, image by image."""
+    m, batch, _ = logits.shape
+    ce = robustness = 0.0
+    for b in range(batch):
+        y = int(labels[b])
+        ce -= math.log(mean_of([softmax(logits[i, b].tolist()) for i in range(m)])[y] + 1e-10)
+        sharp = mean_of([softmax((loss.beta * logits[i, b]).tolist()) for i in range(m)])
+        second, first = sorted(sharp)[-2:]
+        xi = float(norm.ppf(second) - norm.ppf(first))
+        if sharp[y] == first and math.isfinite(xi) and abs(xi) <= loss.gamma:
+            robustness += loss.gamma + xi
+    return {"ce": ce / batch, "robustness": loss.lbd * sigma / 2 * robustness / batch}
+
+
+@pytest.mark.parametrize("sigma", [0.25, 1.0])
+@pytest.mark.parametrize("gamma", [0.8, 8.0], ids=["tight", "paper"])
+@pytest.mark.parametrize("beta", [1.0, 3.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_macer_agrees_with_plain_loops(seed: int, beta: float, gamma: float, sigma: float) -> None:
+    logits = some_logits(5, scale=1.0, seed=seed)
+    labels = logits.mean(0).argmax(-1)
+    labels[0] = (labels[0] + 1) % CLASSES  # one that is wrong
+    loss = Macer(m=5, lbd=12.0, beta=beta, gamma=gamma)
+    terms = values(loss.step(given(logits, labels, sigma=sigma)))
+    assert terms == pytest.approx(macer_by_hand(logits, labels, loss, sigma), rel=1e-10)
+
+
+def test_macer_has_the_gradient_of_its_value() -> None:
+    logits = some_logits(5, scale=0.5)
+    labels = logits.mean(0).argmax(-1)
+    loss = Macer(m=5, lbd=12.0, beta=2.0)
+    assert values(loss.step(given(logits, labels)))["robustness"] > 0
+    assert torch.autograd.gradcheck(lambda z: tuple(loss.step(given(z, labels)).values()), logits.requires_grad_())
+
+
+def test_macer_divides_by_all_images_not_by_those_in_the_hinge() -> None:
+    right = some_logits(4, scale=0.5)[:, :1]
+    label = right.mean(0).argmax(-1)
+    loss = Macer(m=4, lbd=1.0, beta=1.0)
+    alone = values(loss.step(given(right, label)))["robustness"]
+    wrong = right.repeat(1, 3, 1)
+    labels = torch.cat([label, (label + 1) % CLASSES, (label + 1) % CLASSES])
+    assert alone > 0
+    assert values(loss.step(given(wrong, labels)))["robustness"] == pytest.approx(alone / 3, rel=1e-12)
+
+
+def test_beta_is_in_the_robustness_term_only() -> None:
+    logits = some_logits(4, scale=0.5)
+    step = given(logits, logits.mean(0).argmax(-1))
+    mild, sharp = (values(Macer(m=4, lbd=1.0, beta=beta).step(step)) for beta in (1.0, 2.0))
+    assert mild["ce"] == sharp["ce"]
+    assert mild["robustness"] != pytest.approx(sharp["robustness"], rel=1e-3)
+
+
+def test_images_beyond_gamma_push_no_further() -> None:
+    logits = torch.tensor([[[3.0, 0.0, 0.0, 0.0]]], dtype=torch.float64).requires_grad_()
+    terms = Macer(m=1, lbd=1.0, beta=1.0, gamma=2.0).step(given(logits, torch.tensor([0])))
+    terms["robustness"].backward()
+    assert terms["robustness"] == 0  # xi = PhiInv(0.0433) - PhiInv(0.870) = -2.84
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_macer_stays_finite_at_saturation(dtype: torch.dtype) -> None:
+    # the first image is saturated (p1 = 1, p2 = 0: xi is infinite), the second wrong and hopeless (q_y = 0), the third usual
+    logits = torch.zeros(2, 3, CLASSES, dtype=dtype)
+    logits[:, 0, 1] = logits[:, 1, 2] = 1000.0
+    logits[:, 2, 3] = 0.1
+    logits.requires_grad_()
+    terms = Macer(m=2, lbd=12.0).step(given(logits, torch.tensor([1, 0, 3])))
+    sum(terms.values()).backward()
+    assert all(term.isfinite() for term in terms.values())
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[:, 0] == 0).all()
+    assert (logits.grad[:, 2] != 0).any()
+
+
+def test_masking_after_the_quantile_would_be_nan_at_saturation() -> None:
+    logits = torch.tensor([[1000.0, 0.0, 0.0, 0.0]]).requires_grad_()
+    top = logits.softmax(-1).topk(2).values
+    xi = torch.special.ndtri(top[:, 1]) - torch.special.ndtri(top[:, 0])
+    torch.where(xi.abs() <= 8, 8 + xi, 0.0).sum().backward()
+    assert logits.grad.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("deferred", "drops", "counts"), [(False, 0, True), (True, 0, False), (True, 1, True), (True, 2, True)]
+)
+def test_deferred_macer_waits_for_the_first_drop(deferred: bool, drops: int, counts: bool) -> None:
+    logits = some_logits(4, scale=0.5)
+    step = given(logits, logits.mean(0).argmax(-1), drops=drops)
+    assert (values(Macer(lbd=6.0, beta=1.0, deferred=deferred).step(step))["robustness"] > 0) is counts
+
+
+def test_settings_of_the_papers_are_the_defaults() -> None:
+    assert Stability().model_dump() == {"m": 1, "lbd": 2.0}
+    assert Macer(lbd=12).model_dump() == {"m": 16, "lbd": 12.0, "beta": 16.0, "gamma": 8.0, "deferred": False}
+    assert Consistency(lbd=10).model_dump() == {"m": 2, "lbd": 10.0, "eta": 0.5, "form": "default"}
+    assert [loss.chunked for loss in (GaussianLoss, Consistency, Stability, Macer)] == [True, True, False, False]

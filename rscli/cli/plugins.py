@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import getdoc
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,7 +70,7 @@ def info(
         return
     console = stdout()
     console.print(f"{kind}: {origin.name} ({origin.package} {origin.version})\n", markup=False)
-    console.print((plugin.__doc__ or "").strip(), markup=False, highlight=False)
+    console.print(getdoc(plugin) or "", markup=False, highlight=False)
     table = Table("setting", "type", "default", "bounds", "unit", "meaning", box=None, pad_edge=False)
     for row in fields:
         table.add_row(*(_escape(str(row[key])) for key in ("name", "type", "default", "bounds", "unit", "description")))

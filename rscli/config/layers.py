@@ -20,7 +20,7 @@ from rscli import registry
 from rscli.api import Architecture, Attack, Dataset, Loss, Noise, Plugin, Provenance, fields_of
 from rscli.config.files import read_settings
 from rscli.config.presets import load_preset
-from rscli.config.problems import Problems
+from rscli.config.problems import FINITE, Problems
 from rscli.config.schema import SECTIONS, Optimizer, Schedule, TrainConfig
 from rscli.config.settings import Key, Setting, Settings, dotted, flatten, leaves, nest, parse_sets, scalars, stack
 from rscli.errors import PluginError
@@ -110,7 +110,7 @@ def _assemble(settings: Settings, malformed: Iterable[str] = ()) -> Resolved:
     problems = Problems(settings, malformed)
     for key, setting in settings.items():
         if any(isinstance(number, float) and not math.isfinite(number) for number in scalars(setting.value)):
-            problems.add(key, "must be a finite number")
+            problems.add(key, FINITE)
     nested = nest(settings)
     sections = {name: nested.pop(name, None) for name in SECTIONS}
     head = _head(nested, problems)

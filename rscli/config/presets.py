@@ -6,12 +6,10 @@ A package is located without being imported, and a broken package or file is mar
 
 from __future__ import annotations
 
-import csv
 import difflib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from pydantic import ValidationError
 
 from rscli import registry
 from rscli.config.files import read_settings
-from rscli.config.schema import PresetHeader, PublishedKey
+from rscli.config.published import PublishedRow, read_table
+from rscli.config.schema import PresetHeader
 from rscli.errors import InputError, PluginError
 
 
@@ -48,33 +47,6 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class PublishedRow:
-    """A published result: mean ACR over `seeds` runs, and certified accuracy by radius ([0, 1] pixels), on `images` images.
-
-    The images are every `stride`-th of the test split; `acr_sd` is the standard deviation over seeds, None for a single run.
-    """
-
-    dataset: str
-    arch: str
-    method: str
-    sigma: float
-    setting: str
-    seeds: int
-    acr: float
-    acr_sd: float | None
-    images: int
-    stride: int
-    certified: dict[float, float]
-    logs_of: str
-    repository: str
-
-    @property
-    def key(self) -> PublishedKey:
-        """What picks this row."""
-        return PublishedKey(dataset=self.dataset, arch=self.arch, method=self.method, sigma=self.sigma, setting=self.setting)
-
-
-@dataclass(frozen=True)
 class _File:
     """Where a preset is, unread; or, without a path, why a package has none."""
 
@@ -85,8 +57,9 @@ class _File:
 
 
 def list_presets() -> list[PresetInfo]:
-    """Every preset of every installed package, by name; broken ones with their problem."""
-    return [_info(file) for file in _files()]
+    """Every preset of every installed package, by name; what is broken (a table of published figures, too) with its problem."""
+    files = _files()
+    return [_info(file) for file in files] + [info for file in _one_a_folder(files) if (info := _broken_table(file))]
 
 
 def load_preset(name: str) -> Preset:
@@ -100,12 +73,8 @@ def show(name: str) -> str:
 
 
 def published_rows() -> list[PublishedRow]:
-    """Every row of every `published.csv` that lies beside presets. Raises `InputError` if such a file is broken."""
-    return [
-        row
-        for folder in dict.fromkeys(file.path.parent for file in _files() if file.path)
-        for row in _rows(folder / "published.csv")
-    ]
+    """Every row of every `published.csv` that lies beside presets; broken tables are left out (the listing marks them)."""
+    return [row for file in _one_a_folder(_files()) if not _broken_table(file) for row in read_table(_table(file))]
 
 
 def published_for(preset: str) -> PublishedRow | None:
@@ -145,6 +114,23 @@ def _of_package(entry: registry.Entry) -> Iterator[_File]:
     for folder in folders:
         for path in sorted(Path(folder).glob("*.toml")):
             yield _File(path.stem, entry, path)
+
+
+def _one_a_folder(files: list[_File]) -> list[_File]:
+    return list({file.path.parent: file for file in files if file.path}.values())
+
+
+def _table(file: _File) -> Path:
+    return _path(file).parent / "published.csv"
+
+
+def _broken_table(file: _File) -> PresetInfo | None:
+    """The line of the listing for the table beside `file`, if it is there and broken."""
+    try:
+        read_table(_table(file))
+    except InputError as error:
+        return PresetInfo("published.csv", file.entry.package, file.entry.version, "", error.message)
+    return None
 
 
 def _info(file: _File) -> PresetInfo:
@@ -190,34 +176,3 @@ def _load(file: _File) -> Preset:
 
 def _mend(file: _File) -> str:
     return f"Update or uninstall {file.entry.package} {file.entry.version}; other presets are not affected."
-
-
-@cache
-def _rows(path: Path) -> tuple[PublishedRow, ...]:
-    if not path.is_file():
-        return ()
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return tuple(_row(fields) for fields in csv.DictReader(file))
-    except (KeyError, TypeError, ValueError) as cause:
-        raise InputError(
-            f"the table {path} is broken: {type(cause).__name__}: {cause}", "Update the package that ships it."
-        ) from cause
-
-
-def _row(fields: dict[str, str]) -> PublishedRow:
-    return PublishedRow(
-        dataset=fields["dataset"],
-        arch=fields["arch"],
-        method=fields["method"],
-        sigma=float(fields["sigma"]),
-        setting=fields["setting"],
-        seeds=int(fields["seeds"]),
-        acr=float(fields["acr"]),
-        acr_sd=float(fields["acr_sd"]) if fields["acr_sd"] else None,
-        images=int(fields["images"]),
-        stride=int(fields["stride"]),
-        certified={float(name[3:]): float(value) for name, value in fields.items() if name.startswith("ca_")},
-        logs_of=fields["logs_of"],
-        repository=fields["repository"],
-    )

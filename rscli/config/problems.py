@@ -14,6 +14,8 @@ from rscli.config.schema import SECTIONS
 from rscli.config.settings import Key, Settings, dotted
 from rscli.errors import ConfigError
 
+FINITE = "must be a finite number"
+
 
 class Problems:
     """What is wrong with `settings`, after the lines `malformed` of what could not even be read.
@@ -31,7 +33,7 @@ class Problems:
     def add(self, key: Key, rule: str) -> None:
         """The value of `key`, or its absence, breaks `rule`."""
         rules = self._rules.setdefault(key, [])
-        if rule not in rules:
+        if rule not in rules and FINITE not in rules:  # NaN breaks every rule; the first thing to say is enough
             rules.append(rule)
 
     def add_errors(self, error: ValidationError, section: Key, given: Mapping[str, Any]) -> None:
@@ -92,7 +94,7 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
     def likeness(other: str) -> tuple[float, float]:
         whole = difflib.SequenceMatcher(None, key, other).ratio()
         part = difflib.SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
-        return max(whole, part), whole  # the same last part in several sections: the section decides
+        return max(part, 0.0 if "." in key else whole), whole  # a shared section says little; it decides between equals
 
     best = max(known, key=likeness, default=None)
     return best if best is not None and likeness(best)[0] >= 0.6 else None

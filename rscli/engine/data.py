@@ -41,8 +41,7 @@ def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, down
     if isinstance(found, MemoryImages):
         return MemorySplit(found.images, found.labels, spec)
     files = FileSplit(found.paths, found.labels, spec, workers=workers)
-    # Asked for by `imagefolder`: decoded once, with the test transform, and held in memory.
-    cache = getattr(found, "cache", False) and not spec.augmentation.resized_crop
+    cache = found.cache and not spec.augmentation.resized_crop
     return files.in_memory() if cache else files
 
 

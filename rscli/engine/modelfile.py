@@ -86,7 +86,8 @@ def load_model(path: Path) -> Model:
     if tensors_digest(tensors) != card.tensors_sha256:
         raise InputError(f"the weights in {path} are not those that it was written with: the file was changed or damaged")
     registry = installed()
-    architecture = cast(Architecture, _plugin(registry, "architectures", card.arch, card, path))
+    skeleton = {**card.arch, "pretrained": False} if "pretrained" in card.arch else card.arch  # the weights are in the file
+    architecture = cast(Architecture, _plugin(registry, "architectures", skeleton, card, path))
     noise = cast(Noise, _plugin(registry, "noises", card.noise, card, path))
     classifier = build_classifier(architecture, card.spec)
     try:

@@ -1,10 +1,10 @@
 """The folder of a training run, and how a run continues in it.
 
-    config.json        the resolved configuration, with the source of every value
-    environment.json   versions, device, threads
-    metrics.jsonl      one line an epoch
-    checkpoint.pt      where the run is: weights, optimiser, position; replaced after every epoch and when the run is stopped
-    model.safetensors  the finished model
+config.json        the resolved configuration, with the source of every value
+environment.json   versions, device, threads
+metrics.jsonl      one line an epoch
+checkpoint.pt      where the run is: weights, optimiser, position; replaced after every epoch and when the run is stopped
+model.safetensors  the finished model
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as cause:  # torch raises many kinds for a broken file
-            reason = str(cause).strip().splitlines()[0]
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             raise InputError(f"the checkpoint {self.checkpoint} cannot be read: {reason}", hint) from cause
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise InputError(f"{self.checkpoint} is not a checkpoint of this version of rscli", hint)
@@ -105,8 +105,7 @@ class RunFolder:
     def _same(self, config: dict[str, Any]) -> None:
         before = read_json(self.config, "configuration of the run")
         differences = [
-            f"  {key}: {old!r} in {self.path}, {new!r} now"
-            for key, old, new in _differences(before.get("config", {}), config)
+            f"  {key}: {old!r} in {self.path}, {new!r} now" for key, old, new in _differences(before.get("config", {}), config)
         ]
         if differences:
             text = "\n".join([f"{self.path} was started with another configuration:", *differences])

@@ -1,7 +1,7 @@
 """Sampling: the noisy predictions that certifiers ask for, counted on the device, in batches filled across images.
 
-The noise of image i, sample j depends on (seed, i, j) alone: it comes in blocks of `BLOCK` samples, each from a generator keyed
-by (seed, image key, block). Batches have one static shape (the last is padded), and hold whatever samples are wanted next, of
+The noise of image i, sample j depends on (seed, i, j) alone: it comes in blocks of `BLOCK` samples, each from a generator of
+its own, keyed by (seed, image, block). Batches have one static shape (the last is padded), and hold whatever samples are wanted next, of
 however many images. The host waits for the device only when an image has all the samples of its next look, and then one
 batch late, so that the device has work meanwhile.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rscli.api import Certifier, Decision, Noise, Plan, Question
 from rscli.engine.devices import memory_layout, precision_scope
-from rscli.engine.seeds import generator
+from rscli.engine.seeds import block_generator
 from rscli.errors import InputError, PluginError, RscliError
 
 BLOCK = 64
@@ -216,7 +216,7 @@ class Sampler:
     def _noisy(self, active: _Active, start: int, take: int) -> Iterator[Tensor]:
         """The noisy images (k, channel, height, width) of samples `start` to `start + take`, block by block."""
         for block in range(start // BLOCK, (start + take - 1) // BLOCK + 1):
-            random = generator(self.device, self.seed, "sample", active.inquiry.key, block)
+            random = block_generator(self.device, self.seed, active.inquiry.key, block)
             noise = self.noise.sample((BLOCK, *active.image.shape), generator=random, device=self.device)
             first = block * BLOCK
             yield noise[max(start - first, 0) : start + take - first].add_(active.image)

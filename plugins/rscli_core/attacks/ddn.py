@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Ddn(SmoothAdv):
     """A search for the nearest adversarial image of the smoothed prediction, by direction and norm (SmoothAdv).
 
-    With J as for PGD, g / (|g| + 1e-8) its normalised gradient at the current point, d = 0 and a norm of epsilon to start with, each
-    of `steps` (T) steps looks at x + d and then
+    With J as for PGD and g its gradient at the current point, divided by |g| + 1e-8; with d = 0 and a norm of epsilon to
+    start with, each of `steps` (T) steps looks at x + d and then
 
         d    <- d + alpha_k g            alpha_k = 0.01 + 0.99 (1 + cos(pi k / T)) / 2,  k = 1..T
         norm <- norm (1 - gamma) if x + d was adversarial, else norm (1 + gamma)
@@ -43,9 +43,8 @@ class Ddn(SmoothAdv):
     def perturb(self, step: TrainStep) -> Tensor:
         """The moved images (batch, channel, height, width): in [0, 1], at most epsilon away, detached."""
         images, epsilon = step.images, self.reach(step.epoch)
-        norm = norms(images).fill_(epsilon)
-        best, shortest = images, norm.new_full(norm.shape, math.inf)
-        moved = images
+        norm = images.new_full((len(images), 1, 1, 1), epsilon)
+        moved, best, shortest = images, images, norm + math.inf
         for k in range(1, self.steps + 1):
             moved = moved.detach().requires_grad_()
             logits = step.logits(moved + step.noise)

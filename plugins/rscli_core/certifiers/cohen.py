@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
-from rscli.stats import bounds
+from rscli.stats import bounds, sequential
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,21 +19,41 @@ def candidate(counts: NDArray[np.int64], question: Question) -> int:
     return int(np.argmax(counts)) if question.label is None else question.label
 
 
+def fixed_n_decision(hits: int, n: int, candidate: int, alpha: float) -> Decision:
+    """The candidate if its lower bound L is at least 1/2 (radius 0 at 1/2 itself), else an abstention; p_b = 1 - L.
+
+    Valid only if `n` was fixed before any of these samples was seen.
+    """
+    bound = bounds.lower(hits, n, alpha)
+    if bound < 0.5:
+        return Decision(ABSTAIN, bound, 1 - bound, "below-half")
+    return Decision(candidate, bound, 1 - bound, "n-reached", saturated=hits == n)
+
+
 class Cohen(Certifier):
     """CERTIFY: the exact binomial bound from a fixed number of samples."""
+
+    early_abstain: bool = Field(False, description="stop at looks before n that leave no hope of 1/2; costs no error")
 
     def selection(self, question: Question) -> int:
         """n0 samples to choose the class; none if the question names it."""
         return self.n0 if question.label is None else 0
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
-        """One look, at n."""
-        return Plan(candidate(counts, question), (self.n,))
+        """One look, at n; before it, if asked for, those of the sequential test, only to abstain.
 
-    def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision:
-        """The class if its lower bound L is at least 1/2 (radius 0 at 1/2 itself), else an abstention; p_b = 1 - L."""
+        The state maps each of these to the hits at or below which the image is given up (`sequential.give_up_boundary` at 1/2:
+        an image whose class has probability 1/2 or more is given up with probability at most 2e-4).
+        """
+        if not self.early_abstain:
+            return Plan(candidate(counts, question), (self.n,))
+        looks = sequential.look_schedule(self.n)
+        limits = sequential.give_up_boundary(0.5, looks)
+        return Plan(candidate(counts, question), looks, dict(zip(looks[:-1], limits, strict=False)))
+
+    def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision | None:
+        """At n, the exact bound. Before it, an abstention or nothing: no bound is taken from samples that stopped early."""
         hits = int(counts[plan.candidate])
-        bound = bounds.lower(hits, n, self.alpha)
-        if bound < 0.5:
-            return Decision(ABSTAIN, bound, 1 - bound, "below-half")
-        return Decision(plan.candidate, bound, 1 - bound, "n-reached", saturated=hits == n)
+        if n == plan.looks[-1]:
+            return fixed_n_decision(hits, n, plan.candidate, self.alpha)
+        return Decision(ABSTAIN, 0.0, 1.0, "gave-up") if hits <= plan.state[n] else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -19,12 +20,6 @@ AUGMENTATIONS = {
     "crop-flip": Augmentation(padding=4, flip=True),
     "resized-crop": Augmentation(flip=True, resized_crop=True),
 }
-
-
-class CachedFiles(FileImages):
-    """Files that the engine is asked to decode once, with the test transform, and to hold in memory."""
-
-    cache = True
 
 
 class ImageFolder(Dataset):
@@ -97,7 +92,7 @@ class ImageFolder(Dataset):
         files = list_images(folder, classes)
         if not files.paths:
             raise InputError(f"no class folder of {folder} holds an image", _expected(home))
-        return CachedFiles(files.paths, files.labels) if self._in_memory(len(files.paths)) else files
+        return replace(files, cache=self._in_memory(len(files.paths)))
 
     def check(self, root: Path) -> list[Finding]:
         """What each split holds, or what is wrong with it; lists the folders, but opens no file."""

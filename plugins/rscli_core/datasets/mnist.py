@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import shutil
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +17,8 @@ if TYPE_CHECKING:
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 HINT = (
-    "`--download` fetches them. Without a network, put the published .gz files into that folder: "
-    "`--download` checks and unpacks what it finds there."
+    "`--download` fetches them. Without a network, put the four files into that folder, unpacked or as .gz: "
+    "`--download` unpacks what it finds there."
 )
 
 
@@ -53,7 +56,13 @@ class Mnist(Dataset):
     def _download(self, root: Path) -> None:
         from torchvision.datasets import MNIST
 
-        hint = f"Put the four .gz files of MNIST into {_folder(root)}; `--download` then needs no network."
+        # Before torchvision, which takes only archives that are byte for byte the published ones.
+        broken = [name for name in _missing(root) if not _unpack(_folder(root) / name)]
+        if not _missing(root):
+            return
+        hint = f"Put the four files of MNIST into {_folder(root)}, as .gz; `--download` then needs no network."
+        if broken:
+            hint += f" There is no whole .gz of {name_some(broken)} yet."
         fetching("MNIST", _folder(root), lambda: MNIST(str(root), download=True), hint)
 
     def _read(self, root: Path, *, train: bool) -> MNIST:
@@ -68,6 +77,19 @@ class Mnist(Dataset):
 
 def _folder(root: Path) -> Path:
     return root / "MNIST" / "raw"
+
+
+def _unpack(file: Path) -> bool:
+    """Unpacks `file`.gz beside it; False if that is not there, or broken."""
+    beside = file.with_name(f"{file.name}.part")
+    try:
+        with gzip.open(f"{file}.gz") as packed, beside.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+        beside.replace(file)
+    except (OSError, EOFError, zlib.error):
+        beside.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _missing(root: Path) -> list[str]:

@@ -34,12 +34,7 @@ class Macer(Loss):
     m: int = Field(16, ge=1, description="noisy copies of an image (k in the paper)")
     lbd: float = Field(ge=0, description="weight of the robustness term")
     beta: float = Field(16.0, gt=0, description="inverse temperature of the robustness term")
-    gamma: float = Field(
-        8.0,
-        gt=0,
-        description="margin of the hinge; images with a larger radius are left alone",
-        json_schema_extra=unit("2 radius / sigma"),
-    )
+    gamma: float = Field(8.0, gt=0, description="margin of the hinge, on -xi", json_schema_extra=unit("2 radius / sigma"))
     deferred: bool = Field(False, description="lbd = 0 until the first drop of the learning rate")
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
@@ -62,5 +57,5 @@ def _xi(top: Tensor) -> Tensor:
     """PhiInv(p2) - PhiInv(p1), (batch,), from `top` (batch, 2) = p1, p2: not positive; infinite at p1 = 1 or p2 = 0."""
     from torch.special import ndtri
 
-    z = ndtri(top)
+    z: Tensor = ndtri(top)
     return z[:, 1] - z[:, 0]

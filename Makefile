@@ -1,0 +1,44 @@
+# Everything from nothing: `make demo` runs the main job on embedded data, `make test` passes all tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RSCLI := $(BIN)/rscli
+DEMO := demo
+
+.PHONY: demo test lint types check clean
+.DELETE_ON_ERROR:
+
+$(VENV)/.run: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# train two models, certify both, compare them, predict: about two minutes on two CPU cores
+demo: $(VENV)/.run
+	rm -rf $(DEMO)
+	$(RSCLI) train --preset digits-gaussian-0.25 --out $(DEMO)/gaussian
+	$(RSCLI) train --preset digits-cons-0.25 --out $(DEMO)/consistency
+	$(RSCLI) certify $(DEMO)/gaussian/model.safetensors --n 10000 --max 100
+	$(RSCLI) certify $(DEMO)/consistency/model.safetensors --n 10000 --max 100
+	$(RSCLI) compare $(DEMO)/gaussian $(DEMO)/consistency --plot $(DEMO)/certified.png
+	$(RSCLI) predict $(DEMO)/consistency examples/digits --certify --n 10000
+	@echo "The plot is $(DEMO)/certified.png"
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy -p rscli -p rscli_core
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

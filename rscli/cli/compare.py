@@ -1,0 +1,77 @@
+"""`rscli compare`"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rscli.cli import options as opt
+
+
+class Format(StrEnum):
+    """How a comparison is written."""
+
+    table = "table"
+    markdown = "markdown"
+    latex = "latex"
+    csv = "csv"
+    json = "json"
+
+
+def compare(
+    results: Annotated[
+        list[Path], typer.Argument(help="Result files, or folders with a results.tsv; the first is the baseline.")
+    ],
+    radii: Annotated[
+        str | None, typer.Option("--radii", help="Radii to show besides 0, as 0.25,0.5.  [default: every 0.25]")
+    ] = None,
+    names: Annotated[str | None, typer.Option("--names", help="What to call the results, as A,B.")] = None,
+    form: Annotated[Format, typer.Option("--format", help="How to write the tables.")] = Format.table,
+    json: opt.Json = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the curves to a .png, .svg or .pdf.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the tables to a file instead of stdout.")] = None,
+    allow_different: Annotated[
+        bool, typer.Option("--allow-different", help="Compare although n, alpha or decided radii differ.")
+    ] = False,
+) -> None:
+    """Compare results: ACR and certified accuracy with intervals, and paired tests against the first.
+
+    Reads our result files and those that the field's other tools write. Only the images that all results have count; results
+    under different n or alpha are refused.
+
+    Examples:
+
+        rscli compare runs/gaussian/results.tsv runs/consistency/results.tsv --plot curves.svg
+
+        rscli compare a.tsv b.tsv --names Gaussian,Consistency --radii 0.5,1.0 --format latex
+    """
+    from rscli.cli.output import stderr, stdout
+    from rscli.engine.files import write_text
+    from rscli.engine.results import protocol_path, read_results
+    from rscli.errors import InputError
+    from rscli.report.plot import check_plot_path, save_plot
+    from rscli.report.render import print_tables, render
+    from rscli.report.summary import compare as compared
+
+    form = Format.json if json else form
+    if plot is not None:
+        check_plot_path(plot)
+    read = [read_results(path) for path in results]
+    if out is not None and out.resolve() in [p.resolve() for run in read for p in (run.path, protocol_path(run.path))]:
+        raise InputError(f"--out {out} is one of the results, or its protocol", "Choose another file.")
+    chosen = names.split(",") if names else ()
+    comparison = compared(read, radii=opt.numbers(radii, "--radii"), names=chosen, allow_different=allow_different)
+    for note in comparison.notes:
+        stderr().print(f"warning: {note}", style="yellow", markup=False)
+    if plot is not None:
+        save_plot(comparison, plot)
+    if out is not None:
+        write_text(out, render(comparison, form))
+    elif form is Format.table:
+        print_tables(comparison, stdout())
+    else:
+        sys.stdout.write(render(comparison, form))

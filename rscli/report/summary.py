@@ -1,0 +1,170 @@
+"""What results come to: ACR, certified accuracy and its uncertainty, and paired differences between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rscli.api import ABSTAIN
+from rscli.engine.results import Results
+from rscli.report.align import align, grid
+from rscli.stats import metrics, paired
+
+LEVEL = 0.95
+"""Confidence of every interval."""
+
+RHO = 0.001
+"""The statement about wrong certificates in a whole table holds with probability 1 - RHO."""
+
+STEP = 0.25
+"""Distance of the radii that are shown unless others are asked for: the field's tables have these."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Certified accuracy at one radius: `count` images are right with at least this radius; its share, and an interval."""
+
+    radius: float
+    count: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of one run. What its file does not tell is None.
+
+    `acr` is a `lower_bound` if the certifier decided given radii only. `largest` is the largest radius certified for a right
+    answer, `seconds` the sum of the times of all images, `may_be_wrong` how many of all certificates may be wrong, at
+    confidence 1 - RHO.
+    """
+
+    name: str
+    path: str
+    images: int
+    sigma: float | None
+    n0: int | None
+    n: int | None
+    alpha: float | None
+    certifier: str | None
+    acr: float
+    lower_bound: bool
+    largest: float
+    points: tuple[Point, ...]
+    abstained: int
+    saturated: int | None
+    samples: int | None
+    seconds: float
+    may_be_wrong: int | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A run minus the `baseline`, image by image: ACR, and one test a radius (its "first" is the run, "second" the baseline).
+
+    p-values are adjusted over the radii of this pair; several runs against one baseline are not adjusted for each other.
+    """
+
+    name: str
+    baseline: str
+    acr: paired.AcrDifference
+    tests: tuple[paired.RadiusTest, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a table or a plot shows. `runs` are aligned; `notes` must reach the reader."""
+
+    radii: tuple[float, ...]
+    runs: tuple[Results, ...]
+    summaries: tuple[Summary, ...]
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+
+def compare(
+    results: Sequence[Results], *, radii: Sequence[float] = (), names: Sequence[str] = (), allow_different: bool = False
+) -> Comparison:
+    """Aligns `results` and summarises each; every further run is compared with the first, on the images that all have.
+
+    `radii` are increasing and >= 0; 0 is always added. Without them: those that the certifier was asked for, or every 0.25
+    up to the largest radius that any run certifies. Raises `InputError` for results that do not fit together (see `align`).
+    """
+    aligned = align(results, names=names, allow_different=allow_different)
+    first, *others = aligned.runs
+    chosen = tuple(sorted({0.0, *map(float, radii)})) if radii else _default_radii(aligned.runs)
+    return Comparison(
+        radii=chosen,
+        runs=aligned.runs,
+        summaries=tuple(summarise(run, chosen) for run in aligned.runs),
+        differences=tuple(_difference(run, first, chosen) for run in others),
+        notes=(*aligned.notes, *_between(aligned.runs, chosen)),
+    )
+
+
+def summarise(run: Results, radii: Sequence[float]) -> Summary:
+    """The figures of one run at `radii` (increasing, >= 0)."""
+    protocol = run.protocol or {}
+    images, alpha = run.idx.size, protocol.get("alpha")
+    samples = None if run.n is None or run.n0 is None else int(run.n.sum() + run.n0.sum())
+    return Summary(
+        name=run.name,
+        path=str(run.path),
+        images=images,
+        sigma=protocol.get("sigma"),
+        n0=protocol.get("n0"),
+        n=protocol.get("n"),
+        alpha=alpha,
+        certifier=(protocol.get("certifier") or {}).get("name"),
+        acr=metrics.acr(run.radius, run.correct),
+        lower_bound=bool(grid(run)),
+        largest=float(run.radius.max(initial=0, where=run.correct)),
+        points=tuple(_points(run, radii)),
+        abstained=int((run.predict == ABSTAIN).sum()),
+        saturated=None if run.saturated is None else int(run.saturated.sum()),
+        samples=samples,
+        seconds=float(run.seconds.sum()),
+        may_be_wrong=None if alpha is None else metrics.wrong_certificates(images, alpha, RHO),
+    )
+
+
+def _points(run: Results, radii: Sequence[float]) -> list[Point]:
+    images = run.idx.size
+    shares = metrics.certified_accuracy(run.radius, run.correct, radii)
+    counts = [round(share * images) for share in shares.tolist()]
+    return [
+        Point(radius, count, count / images, *metrics.certified_interval(count, images, LEVEL))
+        for radius, count in zip(radii, counts, strict=True)
+    ]
+
+
+def _default_radii(runs: Sequence[Results]) -> tuple[float, ...]:
+    asked = {radius for run in runs for radius in grid(run)}
+    if asked:
+        return tuple(sorted({0.0, *asked}))
+    largest = max(float(run.radius.max(initial=0, where=run.correct)) for run in runs)
+    return tuple((np.arange(int(largest / STEP) + 1) * STEP).tolist())
+
+
+def _between(runs: Sequence[Results], radii: Sequence[float]) -> list[str]:
+    """A note for each run whose certifier was not asked for some of the radii shown."""
+    notes = []
+    for run in runs:
+        unasked = [radius for radius in radii if grid(run) and radius not in (0, *grid(run))]
+        if unasked:
+            text = ", ".join(map(repr, unasked))
+            notes.append(f"{run.name} did not decide the radius {text}: its certified accuracy there is a lower bound")
+    return notes
+
+
+def _difference(run: Results, baseline: Results, radii: Sequence[float]) -> Difference:
+    columns = (run.radius, run.correct, baseline.radius, baseline.correct)
+    return Difference(
+        name=run.name,
+        baseline=baseline.name,
+        acr=paired.compare_acr(*columns, level=LEVEL),
+        tests=tuple(paired.compare_radii(*columns, radii)),
+    )

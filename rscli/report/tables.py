@@ -1,0 +1,151 @@
+"""The tables of a comparison, as cells of text that know nothing of terminals, Markdown or LaTeX.
+
+Certified accuracies, ACR and intervals are estimates and are rounded to the nearest; radii, and an ACR that is a lower bound,
+are rounded down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rscli.report.summary import LEVEL, RHO, Comparison, Difference, Point, Summary
+from rscli.stats import metrics, paired
+
+UNKNOWN = "–"
+_PERCENT = f"{100 * LEVEL:g} %"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, and what is set smaller beside or below it: its uncertainty."""
+
+    text: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: the first `fixed` columns name the row, and are repeated where a narrow page splits the others."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str
+    fixed: int = 1
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """Certified accuracy; the differences to the first run, if there are others; and what the figures rest on."""
+    out = [_accuracy(comparison)]
+    if comparison.differences:
+        out.append(_differences(comparison))
+    return [*out, _protocol(comparison)]
+
+
+def radius_text(radius: float) -> str:
+    """A radius that was asked for: two digits where they are exact, else all of them."""
+    return f"{radius:.2f}" if round(radius, 2) == radius else repr(radius)
+
+
+def acr_text(summary: Summary) -> str:
+    """ACR with four digits; a lower bound is marked, and rounded down."""
+    return f"≥ {metrics.round_down(summary.acr, 4):.4f}" if summary.lower_bound else f"{summary.acr:.4f}"
+
+
+def _accuracy(comparison: Comparison) -> Table:
+    digits = _digits(comparison)
+    caption = f"± is the longer side of the {_PERCENT} Clopper-Pearson interval, for the choice of the test images."
+    if any(summary.lower_bound for summary in comparison.summaries):
+        caption += " ≥ marks a lower bound: only given radii were decided."
+    return Table(
+        title=f"Certified accuracy (%) by radius, {comparison.summaries[0].images:,} images",
+        header=("model", "ACR", *map(radius_text, comparison.radii)),
+        rows=tuple(
+            (Cell(summary.name), Cell(acr_text(summary)), *(_point(point, digits) for point in summary.points))
+            for summary in comparison.summaries
+        ),
+        caption=caption,
+        fixed=2,
+    )
+
+
+def _digits(comparison: Comparison) -> int:
+    """Decimal digits of a percentage: a second one means nothing with fewer than 1,000 images."""
+    return 2 if comparison.summaries[0].images >= 1000 else 1
+
+
+def _point(point: Point, digits: int) -> Cell:
+    side = max(point.high - point.accuracy, point.accuracy - point.low)
+    return Cell(f"{100 * point.accuracy:.{digits}f}", f"±{100 * side:.{digits}f}")
+
+
+def _differences(comparison: Comparison) -> Table:
+    images, digits = comparison.summaries[0].images, _digits(comparison)
+
+    def row(difference: Difference) -> tuple[Cell, ...]:
+        acr = difference.acr
+        gain = Cell(_signed(acr.difference, 4), f"[{_signed(acr.low, 4)}, {_signed(acr.high, 4)}]")
+        return (Cell(difference.name), gain, *(_test(test, images, digits) for test in difference.tests))
+
+    return Table(
+        title=f"Difference to {comparison.differences[0].baseline}, image by image (points)",
+        header=("model", "ACR", *map(radius_text, comparison.radii)),
+        rows=tuple(row(difference) for difference in comparison.differences),
+        caption=f"ACR with its {_PERCENT} paired bootstrap interval; p: exact McNemar test, Holm-adjusted over the radii.",
+        fixed=2,
+    )
+
+
+def _test(test: paired.RadiusTest, images: int, digits: int) -> Cell:
+    points = 100 * (test.only_first - test.only_second) / images
+    p = "p <0.001" if test.adjusted < 0.001 else f"p {test.adjusted:.3f}"
+    return Cell(_signed(points, digits), p)
+
+
+def _signed(value: float, digits: int) -> str:
+    """With a sign, unless it is 0 as shown; the minus is the character of that name."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def _protocol(comparison: Comparison) -> Table:
+    columns: dict[str, Callable[[Summary], str]] = {
+        "model": lambda s: s.name,
+        "σ": lambda s: _known(s.sigma, "g"),
+        "n0": lambda s: _known(s.n0, ","),
+        "n": lambda s: _known(s.n, ","),
+        "α": lambda s: _known(s.alpha, "g"),
+        "abstained": lambda s: f"{s.abstained:,} ({100 * s.abstained / s.images:.1f} %)",
+        "saturated": lambda s: _known(s.saturated, ","),
+        "largest radius": lambda s: f"{metrics.round_down(s.largest, 3):.3f}",
+        "may be wrong": lambda s: "" if s.may_be_wrong is None else f"≤ {s.may_be_wrong}",
+        "samples": lambda s: _known(s.samples, ","),
+        "time": lambda s: _clock(s.seconds),
+    }
+    return Table(
+        title="What the figures rest on",
+        header=tuple(columns),
+        rows=tuple(tuple(Cell(show(summary) or UNKNOWN) for show in columns.values()) for summary in comparison.summaries),
+        caption="saturated: so many samples give no larger radius. largest radius: of a right answer. may be wrong: so many of "
+        f"all certificates, at confidence {1 - RHO:g}. time: of all images, added up.",
+    )
+
+
+def _known(value: float | None, form: str) -> str:
+    return UNKNOWN if value is None else format(value, form)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour:,}:{minute:02d}:{second:02d}"
+
+
+def widths(table: Table) -> Sequence[int]:
+    """The characters that each column needs when details stand below their figures."""
+    columns = zip(*table.rows, strict=True)
+    return [
+        max(len(name), *(max(len(cell.text), len(cell.detail)) for cell in cells))
+        for name, cells in zip(table.header, columns, strict=True)
+    ]

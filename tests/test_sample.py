@@ -1,0 +1,215 @@
+"""The sampler: whose noise is whose, what is counted, and how little the host waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
+from rscli.engine.sample import BLOCK, CertifierInquiry, Sampler
+from rscli.engine.seeds import block_generator, derive
+from rscli.errors import PluginError, RscliError
+from rscli.registry import installed
+
+SHAPE = (1, 4, 4)
+CLASSES = 3
+CPU = torch.device("cpu")
+
+
+def gaussian(sigma: float = 0.5):
+    return installed().build("noises", {"name": "gaussian", "sigma": sigma})
+
+
+def model(images: torch.Tensor) -> torch.Tensor:
+    """Three classes by the mean pixel: elementwise arithmetic in a fixed order, so no batch can change its bits."""
+    flat = images.reshape(len(images), -1)
+    total = flat[:, 0]
+    for column in range(1, flat.shape[1]):
+        total = total + flat[:, column]
+    mean = total / flat.shape[1]
+    return torch.stack([-(mean - centre).abs() for centre in (0.2, 0.5, 0.8)], -1)
+
+
+def sampler(batch: int, seed: int = 0, classifier=model) -> Sampler:
+    return Sampler(classifier, gaussian(), CLASSES, seed=seed, batch=batch, device=CPU)
+
+
+def image(key: int) -> torch.Tensor:
+    return torch.rand(SHAPE, generator=torch.Generator().manual_seed(1000 + key))
+
+
+class Looker(Certifier):
+    """Looks at fixed counts, stops at the first with enough votes, and remembers nothing."""
+
+    looks: tuple[int, ...] = (10, 70, 200)
+    enough: int = 60
+
+    def plan(self, counts, question: Question) -> Plan:
+        return Plan(int(counts.argmax()), self.looks)
+
+    def decide(self, counts, n: int, plan: Plan) -> Decision | None:
+        assert counts.sum() == n
+        if counts[plan.candidate] >= self.enough or n == self.looks[-1]:
+            return Decision(plan.candidate, 0.6, 0.4, f"at-{n}")
+        return None
+
+
+def run(batch: int, keys, certifier=None, seed: int = 0):
+    certifier = certifier or Looker(n0=7)
+    wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in keys]
+    done = list(sampler(batch, seed).run(wanted))
+    return {inquiry.key: (inquiry.n, inquiry.counts.tolist(), inquiry.plan.candidate) for inquiry in done}
+
+
+def brute_force(key: int, certifier: Looker, seed: int = 0):
+    """All samples of one image, drawn block by block in the plainest way, counted by numpy."""
+    total = certifier.n0 + certifier.looks[-1]
+    blocks = [
+        torch.randn((BLOCK, *SHAPE), generator=block_generator(CPU, seed, key, b)) * 0.5 for b in range(total // BLOCK + 1)
+    ]
+    votes = model(torch.cat(blocks)[:total] + image(key)).argmax(-1).numpy()
+    candidate = int(np.bincount(votes[: certifier.n0], minlength=CLASSES).argmax())
+    for n in certifier.looks:
+        counts = np.bincount(votes[certifier.n0 : certifier.n0 + n], minlength=CLASSES)
+        if counts[candidate] >= certifier.enough or n == certifier.looks[-1]:
+            return n, counts.tolist(), candidate
+    raise AssertionError
+
+
+@pytest.mark.parametrize("batch", [1, 13, 64, 256, 1000])
+def test_counts_are_those_of_plain_counting_for_every_batch_size(batch):
+    assert run(batch, range(9)) == {key: brute_force(key, Looker(n0=7)) for key in range(9)}
+
+
+def test_order_and_company_of_an_image_change_nothing():
+    alone = {**run(64, [3]), **run(64, [5])}
+    together = run(64, [8, 5, 1, 3, 0])
+    assert {key: together[key] for key in (3, 5)} == alone
+
+
+def test_another_seed_draws_other_noise():
+    assert run(64, range(5), seed=0) != run(64, range(5), seed=1)
+
+
+def test_selection_samples_are_never_counted_again():
+    certifier = Looker(n0=50, looks=(50,), enough=1)
+    (n, counts, _) = run(32, [0], certifier)[0]
+    assert n == 50
+    assert sum(counts) == 50
+    assert counts == brute_force(0, certifier)[1]
+
+
+@dataclass
+class Counting:
+    """Counts forwards and the shapes they got."""
+
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(images.shape))
+        return model(images)
+
+
+def test_batches_have_one_static_shape_and_are_filled_across_images():
+    counting = Counting()
+    sampling = sampler(128, classifier=counting)
+    wanted = [CertifierInquiry(Looker(n0=7, looks=(21,)), Question(CLASSES), k, lambda k=k: image(k)) for k in range(64)]
+    assert len(list(sampling.run(wanted))) == 64
+    assert set(counting.shapes) == {(128, *SHAPE)}
+    assert sampling.samples == 64 * 28
+    assert len(counting.shapes) <= 64 * 28 // 128 + 3  # the end cannot be full: a look waits for what it asked for
+
+
+def test_open_images_do_not_grow_with_the_number_of_images():
+    opened, most = [0], [0]
+
+    def inquiries():
+        for key in range(500):
+            opened[0] += 1
+            most[0] = max(most[0], opened[0] - finished[0])
+            yield CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key))
+
+    finished = [0]
+    for _ in sampler(32).run(inquiries()):
+        finished[0] += 1
+    assert finished[0] == 500
+    assert most[0] <= 2 * 32 + 2
+
+
+def test_stop_draws_nothing_more():
+    sampling = sampler(16)
+    calls = iter([False, False, True])
+    wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]
+    assert list(sampling.run(wanted, lambda: next(calls))) == []
+    assert sampling.samples <= 32
+
+
+def test_logits_that_are_not_finite_are_refused():
+    broken = sampler(16, classifier=lambda images: model(images) * float("nan"))
+    with pytest.raises(RscliError, match="not finite"):
+        list(broken.run([CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
+
+
+def test_logits_of_another_shape_are_the_plugins_fault():
+    broken = sampler(16, classifier=lambda images: model(images)[:, :2])
+    with pytest.raises(PluginError, match=r"\(16, 2\).*\(16, 3\)"):
+        list(broken.run([CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
+
+
+class Undecided(Looker):
+    """Never decides."""
+
+    def decide(self, counts, n, plan):
+        return None
+
+
+class Backwards(Looker):
+    """Wants to look earlier and earlier."""
+
+    def plan(self, counts, question):
+        return Plan(0, (20, 10))
+
+
+class Empty(Looker):
+    """Decides from the selection samples that no more are needed."""
+
+    def plan(self, counts, question):
+        return Plan(0, ())
+
+    def decide(self, counts, n, plan):
+        return Decision(ABSTAIN, 0.0, 1.0, "hopeless")
+
+
+@pytest.mark.parametrize(("certifier", "message"), [(Undecided(n0=7), "did not decide"), (Backwards(n0=7), "do not increase")])
+def test_certifiers_that_break_their_contract_are_named(certifier, message):
+    with pytest.raises(PluginError, match=message) as error:
+        run(16, [0], certifier)
+    assert type(certifier).__name__ in error.value.message
+
+
+def test_a_certifier_may_decide_with_the_selection_samples():
+    inquiry = CertifierInquiry(Empty(n0=7), Question(CLASSES), 0, lambda: image(0))
+    (done,) = sampler(16).run([inquiry])
+    assert done.decision.reason == "hopeless"
+    assert done.n == 0
+
+
+def test_keys_differ_between_parts_and_types():
+    keys = {derive(0, "a", 1), derive(0, "a1"), derive(0, "a", "1"), derive(1, "a", 1), derive(0, 1, "a")}
+    assert len(keys) == 5
+    assert all(0 <= key < 2**63 for key in keys)
+    assert derive(0, "sample", 3, 1) == 291971284412433088  # results on disk depend on it: never change it
+
+
+def test_no_two_blocks_of_an_image_share_a_seed_in_the_32_bits_that_the_cpu_uses():
+    seeds = {block_generator(CPU, 0, 17, block).initial_seed() % 2**32 for block in range(50_000)}
+    assert len(seeds) == 50_000
+
+
+def test_the_cpu_uses_the_low_32_bits_of_a_seed_only():
+    """Why blocks are stepped and not hashed; if this fails, torch has mended it."""
+    draw = [torch.rand(4, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5 + 2**32)]
+    assert torch.equal(*draw)

@@ -1,0 +1,262 @@
+"""The training engine: what a step computes, and that a run can be stopped anywhere and goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rscli.api import Attack, Loss, TrainStep
+from rscli.config.layers import Resolved, resolve
+from rscli.engine.modelfile import load_model
+from rscli.engine.progress import Silent
+from rscli.engine.train import Trainer, TrainOptions, attacked, frozen, outlook, train
+from rscli.errors import InputError, PluginError, RscliError, Stopped
+
+SETTINGS = {
+    "data.name": "digits",
+    "arch.name": "lenet",
+    "noise.sigma": "0.25",
+    "loss.name": "consistency",
+    "loss.lbd": "5",
+    "optimizer.lr": "0.05",
+    "schedule.drops": "[1]",
+    "epochs": "2",
+    "batch": "256",
+}
+
+
+def settings(**changes: str) -> Resolved:
+    values = {**SETTINGS, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return resolve(sets=[f"{key}={value}" for key, value in values.items() if value])
+
+
+def options(folder: Path, **changes) -> TrainOptions:
+    return TrainOptions(out=folder, data_dir=folder, device="cpu", workers=0, **changes)
+
+
+class Interrupting(Silent):
+    """Sends the process a signal after so many batches."""
+
+    def __init__(self, after: int, number: int) -> None:
+        self.left, self.number = after, number
+
+    def update(self, done: int, figures: dict[str, str]) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(settings(), options(folder), Silent())
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_s")} for line in lines]
+
+
+def test_the_run_folder_holds_what_the_readme_promises(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert names == {"config.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "model.safetensors"}
+    lines = metrics(uninterrupted)
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [line["lr"] for line in lines] == pytest.approx([0.05, 0.005])
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["ce"] + line["kl"] + line["entropy"], rel=1e-5)
+        assert 0 < line["accuracy"] <= 1
+
+
+def test_two_runs_with_one_seed_are_identical(uninterrupted, tmp_path):
+    train(settings(), options(tmp_path / "run"), Silent())
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+    assert metrics(tmp_path / "run") == metrics(uninterrupted)
+
+
+def test_another_seed_gives_another_model(uninterrupted, tmp_path):
+    train(settings(seed="1"), options(tmp_path / "run"), Silent())
+    first = load_model(uninterrupted / "model.safetensors").classifier.state_dict()
+    other = load_model(tmp_path / "run/model.safetensors").classifier.state_dict()
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("after", "number", "code"),
+    [(1, signal.SIGTERM, 75), (6, signal.SIGINT, 130), (9, signal.SIGTERM, 75)],
+    ids=["first-batch", "end-of-an-epoch", "second-epoch"],
+)
+def test_a_stopped_run_resumes_to_the_same_bits(uninterrupted, tmp_path, after, number, code):
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped) as stopped:
+        train(settings(), options(folder), Interrupting(after, number))
+    assert stopped.value.exit_code == code
+    assert not (folder / "model.safetensors").exists()
+    torch.manual_seed(99)  # whatever the process did in between
+    train(settings(), options(folder, resume=True), Silent())
+    assert (folder / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+    assert metrics(folder) == metrics(uninterrupted)
+
+
+def test_a_finished_run_resumes_to_nothing(uninterrupted):
+    before = {path.name: path.stat().st_mtime_ns for path in uninterrupted.iterdir()}
+    train(settings(), options(uninterrupted, resume=True), Silent())
+    assert {path.name: path.stat().st_mtime_ns for path in uninterrupted.iterdir() if path.name in ("model.safetensors",)} == {
+        "model.safetensors": before["model.safetensors"]
+    }
+
+
+def test_a_folder_with_a_run_is_not_overwritten(uninterrupted):
+    with pytest.raises(InputError, match="holds a training run already") as error:
+        train(settings(), options(uninterrupted), Silent())
+    assert "--resume" in str(error.value)
+
+
+def test_another_configuration_is_refused_with_its_differences(uninterrupted):
+    with pytest.raises(InputError, match=r"loss\.lbd: 5.*, 7.* now"):
+        train(settings(loss__lbd="7"), options(uninterrupted, resume=True), Silent())
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not a checkpoint", b"\x80\x02ccollections\nOrderedDict\n."])
+def test_a_broken_checkpoint_is_refused_and_nothing_is_run_from_it(uninterrupted, tmp_path, damage):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (folder / name).write_bytes((uninterrupted / name).read_bytes())
+    (folder / "checkpoint.pt").write_bytes(damage)
+    with pytest.raises(InputError, match="checkpoint"):
+        train(settings(), options(folder, resume=True), Silent())
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_terms_and_learning_rate(tmp_path):
+    with pytest.raises(
+        RscliError, match=r"epoch 1, batch \d+, chunk \d: loss = (nan|inf).*ce = .*learning rate 1e\+30"
+    ) as error:
+        train(settings(optimizer__lr="1e30"), options(tmp_path / "run"), Silent())
+    assert error.value.exit_code == 1
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_the_outlook_counts_without_touching_anything(tmp_path):
+    seen = outlook(settings(), options(tmp_path / "run"))
+    assert (seen.parameters, seen.images, seen.chunks) == (431_080, 1437, 2)
+    assert seen.steps_an_epoch == 6 * 2  # 5 batches of 256 and one of 157, each in two chunks
+    assert not (tmp_path / "run").exists()
+
+
+def trainer(resolved: Resolved, folder: Path) -> Trainer:
+    from rscli.engine.data import open_split
+
+    spec = resolved.dataset.spec(folder)
+    split = open_split(resolved.dataset, spec, "train", folder)
+    return Trainer(resolved, spec, split, torch.device("cpu"), channels_last=False)
+
+
+class Recording(Loss):
+    """Keeps the steps that it is given."""
+
+    def step(self, step: TrainStep) -> dict[str, torch.Tensor]:
+        self.__class__.seen.append(step)
+        return {"zero": step.noisy_logits.sum() * 0}
+
+
+@pytest.mark.parametrize(("chunk", "shapes"), [("true", [(3, 86), (3, 86), (3, 84)]), ("false", [(3, 256)])])
+def test_chunks_are_steps_of_their_own_with_m_copies_each(tmp_path, chunk, shapes):
+    resolved = settings(loss__name="gaussian", loss__lbd="", chunk=chunk)
+    loss = Recording(m=3)
+    Recording.seen = []
+    resolved.plugins["loss"] = loss
+    made = trainer(resolved, tmp_path)
+    made.chunks = 3 if chunk == "true" else 1
+    next(made.epoch_batches())
+    assert [tuple(step.noise.shape[:2]) for step in Recording.seen] == shapes
+    assert all(step.images.shape[0] == step.noise.shape[1] == len(step.labels) for step in Recording.seen)
+    noise = torch.cat([step.noise.flatten() for step in Recording.seen])
+    assert noise.std().item() == pytest.approx(0.25, rel=0.01)
+    assert len({step.noise[0, 0, 0, 0, 0].item() for step in Recording.seen}) == len(shapes)
+
+
+def test_a_step_is_sgd_with_momentum_and_weight_decay_on_every_parameter(tmp_path):
+    """Against the update written out, for the first two steps, from the gradients of the Gaussian loss."""
+    resolved = settings(loss__name="gaussian", loss__lbd="", batch="719", schedule__drops="[]")
+    made = trainer(resolved, tmp_path)
+    before = [p.detach().clone() for p in made.classifier.parameters()]
+    batches = made.epoch_batches()
+    next(batches)
+    first = [p.grad.clone() for p in made.classifier.parameters()]
+    velocity = [g + 1e-4 * p for g, p in zip(first, before, strict=True)]
+    after = [p - 0.05 * v for p, v in zip(before, velocity, strict=True)]
+    for got, wanted in zip(made.classifier.parameters(), after, strict=True):
+        torch.testing.assert_close(got.detach(), wanted)
+    middle = [p.detach().clone() for p in made.classifier.parameters()]
+    next(batches)
+    second = [p.grad.clone() for p in made.classifier.parameters()]
+    wanted = [p - 0.05 * (0.9 * v + g + 1e-4 * p) for p, v, g in zip(middle, velocity, second, strict=True)]
+    for got, expected in zip(made.classifier.parameters(), wanted, strict=True):
+        torch.testing.assert_close(got.detach(), expected)
+
+
+@pytest.mark.parametrize(("epoch", "drops"), [(0, 0), (30, 0), (31, 1), (60, 1), (61, 2), (89, 2)])
+def test_the_schedule_counts_finished_epochs(tmp_path, epoch, drops):
+    made = trainer(settings(epochs="90", schedule__drops="[31, 61]"), tmp_path)
+    made.epoch = epoch
+    assert made.drops == drops
+    assert made.lr == pytest.approx(0.05 * 0.1**drops)
+
+
+class Half(Attack):
+    """Halves the images, and looks at the model's mode."""
+
+    def perturb(self, step: TrainStep) -> torch.Tensor:
+        assert not any(module.training for module in step.model.modules())
+        assert not any(p.requires_grad for p in step.model.parameters())
+        return step.images / 2
+
+
+class Cropping(Attack):
+    """Breaks its contract."""
+
+    def perturb(self, step: TrainStep) -> torch.Tensor:
+        return step.images[..., 1:]
+
+
+def a_step() -> TrainStep:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+    network[0].eval()  # a mixture of modes and needs must come back exactly
+    network[3].bias.requires_grad_(False)
+    images = torch.rand(5, 1, 4, 4)
+    return TrainStep(
+        network, images, torch.zeros(5, dtype=torch.int64), torch.zeros(2, 5, 1, 4, 4), 0.5, 0, 0, torch.Generator()
+    )
+
+
+def test_an_attack_leaves_nothing_behind():
+    step = a_step()
+    modes = [module.training for module in step.model.modules()]
+    needs = [p.requires_grad for p in step.model.parameters()]
+    buffers = {name: value.clone() for name, value in step.model.state_dict().items()}
+    torch.testing.assert_close(attacked(Half(), step), step.images / 2)
+    assert [module.training for module in step.model.modules()] == modes
+    assert [p.requires_grad for p in step.model.parameters()] == needs
+    assert all(torch.equal(buffers[name], value) for name, value in step.model.state_dict().items())
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_the_model_is_restored_when_an_attack_raises():
+    step = a_step()
+    modes = [module.training for module in step.model.modules()]
+    with pytest.raises(ZeroDivisionError), frozen(step.model):
+        raise ZeroDivisionError
+    assert [module.training for module in step.model.modules()] == modes
+
+
+def test_an_attack_that_changes_the_shape_is_named():
+    with pytest.raises(PluginError, match="Cropping"):
+        attacked(Cropping(), a_step())
