@@ -153,9 +153,10 @@ def test_sequential_decides_at_the_last_look():
 
 def test_sequential_keeps_what_an_earlier_look_certified():
     certifier = Sequential(n=2000)
-    plan = certifier.plan(counts(100, 0), Question(classes=2, thresholds=(0.5, 0.99)))
-    assert certifier.decide(counts(49, 1), 50, plan) is None  # certified at 1/2, open at .99
-    decision = certifier.decide(counts(49, 11), 60, plan)  # hopeless at .99
+    plan = certifier.plan(counts(100, 0), Question(classes=2, thresholds=(0.5, 0.8)))
+    assert certifier.decide(counts(42, 8), 50, plan) is None  # certified at 1/2 (41 suffice), open at .8
+    assert certifier.decide(counts(42, 18), 60, plan) is None  # fewer than the 47 of this look
+    decision = certifier.decide(counts(42, 45), 87, plan)  # hopeless at .8 by now, and would be open at 1/2
     assert decision == Decision(0, 0.5, 0.5, "gave-up")
     assert NOISE.radius(decision.p_a, decision.p_b) == 0.0
 

@@ -6,6 +6,7 @@ import json
 from fractions import Fraction
 from math import comb
 
+import mpmath
 import numpy as np
 import pytest
 from scipy.special import ndtr
@@ -213,6 +214,17 @@ def test_wrong_input_is_refused(p0, looks, alpha, early):
         sequential.boundary(p0, looks, alpha, early)
 
 
+@pytest.mark.parametrize("n", [1, 40, 20_000])
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.1587, 0.5, 0.9, 0.99995, 1.0])
+def test_binomials_are_right_also_in_the_tails(n, p):
+    low, mass = sequential._binomial(n, p, 1e-21)
+    with mpmath.workdps(40):
+        q = mpmath.mpf(p)
+        for i in {0, mass.size // 4, mass.size // 2, 3 * mass.size // 4, mass.size - 1}:
+            exact = mpmath.binomial(n, low + i) * q ** (low + i) * (1 - q) ** (n - low - i)
+            assert mass[i] == pytest.approx(float(exact), rel=1e-11)
+
+
 # --- nested hypotheses -------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +237,14 @@ def test_nested_boundaries_are_monotone_and_still_keep_alpha():
     assert (test.give_up[-1] == test.certify[-1] - 1).all()  # the last look decides everything
     for j, p0 in enumerate(THRESHOLDS):
         assert walk(p0, SHORT, test.certify[:, j])[0] <= 0.001
+
+
+def test_boundaries_that_cross_are_raised():
+    close = (0.502, 0.503)  # the coarse counts make these two boundaries cross
+    alone = np.array([sequential.boundary(p0, SHORT, 0.001) for p0 in close])
+    assert (alone[1] < alone[0]).any()
+    test = sequential.nested_test(close, SHORT, 0.001)
+    np.testing.assert_array_equal(test.certify.T, [alone[0], np.maximum(alone[0], alone[1])])
 
 
 def test_the_cumulative_maximum_costs_little_power():

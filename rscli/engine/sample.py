@@ -1,9 +1,9 @@
 """Sampling: the noisy predictions that certifiers ask for, counted on the device, in batches filled across images.
 
 The noise of image i, sample j depends on (seed, i, j) alone: it comes in blocks of `BLOCK` samples, each from a generator of
-its own, keyed by (seed, image, block). Batches have one static shape (the last is padded), and hold whatever samples are wanted next, of
-however many images. The host waits for the device only when an image has all the samples of its next look, and then one
-batch late, so that the device has work meanwhile.
+its own, keyed by (seed, image, block). Batches have one static shape (the last is padded), and hold whatever samples are wanted
+next, of however many images. The host waits for the device only when an image has all the samples of its next look, and then
+one batch late, so that the device has work meanwhile.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 STEP = 0x9E3779B97F4A7C15
-"""An odd number with well-mixed bits (2^64 over the golden ratio): the distance between the seeds of two neighbouring blocks."""
+"""An odd number with well-mixed bits (2^64 over the golden ratio): the distance between the seeds of two blocks."""
 
 
 def derive(seed: int, *parts: str | int) -> int:
