@@ -325,6 +325,8 @@ class Certifier(Plugin):
     """A statistical test, without torch: the engine draws the samples it asks for, and counts the classes they were given."""
 
     kind: ClassVar[str] = "certifiers"
+    grid: ClassVar[bool] = False
+    """Whether it decides given radii (`Question.thresholds`), and not as large a radius as can be had."""
 
     n0: int = Field(100, ge=1, description="selection samples an image")
     n: int = Field(100_000, ge=1, description="samples an image, at most")

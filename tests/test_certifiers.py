@@ -222,6 +222,16 @@ def test_early_abstention_changes_nothing_but_the_samples_of_hopeless_images():
     assert n < 500
 
 
+def test_early_abstention_gives_up_at_the_boundary_itself():
+    certifier = Cohen(early_abstain=True)
+    plan = certifier.plan(counts(100, 0), Question(classes=2))
+    assert plan.looks == sequential.look_schedule(100_000)
+    may_spend = 0.2 * 1e-3 / 42  # at the first of 42 looks before the last
+    least = int(stats.binom.ppf(may_spend, 50, 0.5))  # P(hits < least) <= may_spend < P(hits <= least)
+    assert certifier.decide(counts(least - 1, 51 - least), 50, plan) == Decision(ABSTAIN, 0.0, 1.0, "gave-up")
+    assert certifier.decide(counts(least, 50 - least), 50, plan) is None
+
+
 @pytest.mark.parametrize("p", [0.5, 0.52])
 def test_early_abstention_seldom_loses_an_image(p):
     rng, certifier = np.random.default_rng(12), Cohen(n=2000, early_abstain=True)

@@ -123,6 +123,34 @@ def test_batches_have_one_static_shape_and_are_filled_across_images():
     assert len(counting.shapes) <= 64 * 28 // 128 + 3  # the end cannot be full: a look waits for what it asked for
 
 
+class Small:
+    """A device that runs out of memory above so many samples."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.shapes = most, []
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("pretended")
+        self.shapes.append(len(images))
+        return model(images)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing():
+    small = Small(20)
+    sampling = sampler(100, classifier=small)
+    wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
+    done = {inquiry.key: (inquiry.n, inquiry.counts.tolist(), inquiry.plan.candidate) for inquiry in sampling.run(wanted)}
+    assert done == {key: brute_force(key, Looker(n0=7)) for key in range(9)}
+    assert sampling.batch == 13
+    assert set(small.shapes) == {13}
+
+
+def test_out_of_memory_with_a_single_sample_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError):
+        list(sampler(4, classifier=Small(0)).run([CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
+
+
 def test_open_images_do_not_grow_with_the_number_of_images():
     opened, most = [0], [0]
 

@@ -12,6 +12,7 @@ from rscli.cli import boundary
 from rscli.cli.certify import certify
 from rscli.cli.compare import compare
 from rscli.cli.doctor import doctor
+from rscli.cli.import_ import import_
 from rscli.cli.plugins import plugins
 from rscli.cli.predict import predict
 from rscli.cli.presets import presets
@@ -49,6 +50,7 @@ def root(
 
 for command in (train, certify, predict, compare, doctor):
     app.command()(boundary.boundary(command))
+app.command("import")(boundary.boundary(import_))
 app.add_typer(plugins, name="plugins")
 app.add_typer(presets, name="presets")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,12 @@ def certify(
         int, typer.Option("--skip", min=1, help="Take every K-th image (100 gives ImageNet's 500).", metavar="K")
     ] = 1,
     max: Annotated[int | None, typer.Option("--max", min=1, help="Certify at most so many images.", metavar="M")] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="K/N", help="Certify the K-th of N parts (job arrays); see below.")
+    ] = None,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Test each image's label, without selection samples: certified accuracy only.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Result file.  [default: results.tsv beside the model]")] = None,
     resume: opt.Resume = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
@@ -33,9 +40,16 @@ def certify(
     sets: opt.Sets = None,
     download: opt.Download = False,
     device: opt.Device = "auto",
-    batch: opt.Batch = 256,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Samples a forward.  [default: tried, or 256]")] = None,
     precision: opt.Precision = "fp32",
-    channels_last: opt.ChannelsLast = True,
+    channels_last: Annotated[
+        bool | None, typer.Option("--channels-last/--contiguous", help="Memory layout.  [default: tried, or channels-last]")
+    ] = None,
+    autotune: Annotated[
+        bool | None,
+        typer.Option("--autotune/--no-autotune", help="Try batch sizes and layouts first.  [default: if the run is long]"),
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile (CUDA graphs on a GPU).")] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -50,15 +64,21 @@ def certify(
 
         rscli certify model.safetensors --n 100000 --max 500 --out results.tsv --resume
 
-        rscli certify model.safetensors --skip 100 --set data.path=val-2
+        rscli certify model.safetensors --certifier sequential --radii 0,0.5,1.0 --labels
+
+        torchrun --nproc-per-node 8 -m -- rscli certify model.safetensors --n 100000
+
+    With --shard 3/16, the third of sixteen jobs writes its part beside the result file; when all are done, the same command
+    with --resume and without --shard puts them together.
     """
     from rscli.cli.output import emit_json, listener
-    from rscli.engine.certify import CertifyOptions, SamplingOptions
+    from rscli.engine.certify import CertifyOptions
     from rscli.engine.certify import certify as run
+    from rscli.engine.sampling import SamplingOptions
 
     path = model_path(model)
     settings = _settings(sets or [])
-    progress = listener(quiet)
+    progress = listener(quiet or int(os.environ.get("RANK", "0")) > 0)
     tally = run(
         CertifyOptions(
             model=path,
@@ -70,10 +90,12 @@ def certify(
             start=start,
             skip=skip,
             max=max,
+            shard=opt.fraction(shard, "--shard"),
             radii=opt.numbers(radii, "--radii"),
+            labels=labels,
             resume=resume,
             download=download,
-            sampling=SamplingOptions(device=device, batch=batch, precision=precision, channels_last=channels_last, seed=seed),
+            sampling=SamplingOptions(device, batch, precision, channels_last, seed, autotune, compile),
         ),
         progress,
     )

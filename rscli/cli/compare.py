@@ -37,23 +37,32 @@ def compare(
     allow_different: Annotated[
         bool, typer.Option("--allow-different", help="Compare although n, alpha or decided radii differ.")
     ] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Put the nearest published row of the same kind beside each result.")
+    ] = False,
+    groups: Annotated[bool, typer.Option("--groups/--no-groups", help="Average runs that differ only in their seed.")] = True,
 ) -> None:
     """Compare results: ACR and certified accuracy with intervals, and paired tests against the first.
 
     Reads our result files and those that the field's other tools write. Only the images that all results have count; results
-    under different n or alpha are refused.
+    under different n or alpha are refused. Runs that differ only in their training seed are also shown as mean and standard
+    deviation; and --published says how far each result is from the papers' figures, and whether that is within the errors.
 
     Examples:
 
         rscli compare runs/gaussian/results.tsv runs/consistency/results.tsv --plot curves.svg
 
         rscli compare a.tsv b.tsv --names Gaussian,Consistency --radii 0.5,1.0 --format latex
+
+        rscli compare runs/mnist-cons-0.5/seed* --published
     """
     from rscli.cli.output import stderr, stdout
     from rscli.engine.files import write_text
     from rscli.engine.results import protocol_path, read_results
     from rscli.errors import InputError
+    from rscli.report.groups import grouped
     from rscli.report.plot import check_plot_path, save_plot
+    from rscli.report.published import with_published
     from rscli.report.render import print_tables, render
     from rscli.report.summary import compare as compared
 
@@ -65,6 +74,10 @@ def compare(
         raise InputError(f"--out {out} is one of the results, or its protocol", "Choose another file.")
     chosen = names.split(",") if names else ()
     comparison = compared(read, radii=opt.numbers(radii, "--radii"), names=chosen, allow_different=allow_different)
+    if groups:
+        comparison = grouped(comparison)
+    if published:
+        comparison = with_published(comparison)
     for note in comparison.notes:
         stderr().print(f"warning: {note}", style="yellow", markup=False)
     if plot is not None:

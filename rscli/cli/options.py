@@ -42,3 +42,13 @@ def numbers(text: str | None, option: str) -> tuple[float, ...]:
     if any(b <= a for a, b in pairwise(values)) or not all(0 <= v < float("inf") for v in values):
         raise InputError(f"{option} is {text!r}, but must increase and not be negative", f"As in {option} 0,0.25,0.5")
     return values
+
+
+def fraction(text: str | None, option: str) -> tuple[int, int] | None:
+    """`3/16` as (3, 16). Raises `InputError` naming the `option`."""
+    if text is None:
+        return None
+    left, slash, right = text.partition("/")
+    if not (slash and left.isdecimal() and right.isdecimal()):
+        raise InputError(f"{option} is {text!r}, but must be K/N", f"As in {option} 3/16")
+    return int(left), int(right)

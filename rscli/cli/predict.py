@@ -40,10 +40,11 @@ def predict(
         rscli predict model.safetensors folder/ --certify --n 10000 --json
     """
     from rscli.cli.output import emit_json_line, listener
-    from rscli.engine.certify import SamplingOptions, build_certifier
+    from rscli.engine.certify import build_certifier
     from rscli.engine.modelfile import load_model
     from rscli.engine.predict import find_images, vote
     from rscli.engine.predict import predict as run
+    from rscli.engine.sampling import SamplingOptions
 
     rule = build_certifier({"name": "cohen", "n": n, "n0": n0, "alpha": alpha}) if certify else vote(n, alpha)
     loaded, paths = load_model(model_path(model)), find_images(images)

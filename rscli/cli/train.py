@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rscli.cli import options as opt
+from rscli.errors import InputError
 
 if TYPE_CHECKING:
     from rscli.config.layers import Resolved
     from rscli.engine.train import TrainOptions
+
+    Run = tuple[Resolved, TrainOptions]
 
 
 def train(
@@ -20,7 +23,12 @@ def train(
     config: Annotated[Path | None, typer.Option("--config", help="A TOML file of settings, above the preset.")] = None,
     sets: opt.Sets = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder.  [default: runs/NAME/seedK]")] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Several seeds one after the other, as 0,1,2: a run folder seedK for each.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder, or with --seeds where they go.  [default: runs/NAME/seedK]")
+    ] = None,
     data_dir: opt.DataDir = opt.DATA_DIR,
     device: opt.Device = "auto",
     channels_last: opt.ChannelsLast = True,
@@ -44,6 +52,8 @@ def train(
 
         rscli train --preset mnist-cons-0.5 --set epochs=5 --set loss.lbd=10 --data-dir data
 
+        rscli train --preset mnist-cons-0.5 --seeds 0,1,2
+
         rscli train --preset imagenet-cons-0.5 --dry-run
     """
     from rscli.cli.output import emit_json, listener
@@ -51,12 +61,10 @@ def train(
     from rscli.engine.train import TrainOptions
     from rscli.engine.train import train as run
 
-    flags = {} if seed is None else {"seed": seed}
-    resolved = resolve(preset=preset, config_file=config, sets=sets or (), flags=flags)
-    name = preset or f"{resolved.config.data['name']}-{resolved.config.loss['name']}-{resolved.noise.sigma:g}"
-    folder = out or Path("runs") / name.replace("/", "-").replace(":", "-") / f"seed{resolved.config.seed}"
+    chosen = _seeds(seeds, seed)
+    every = [resolve(preset=preset, config_file=config, sets=sets or (), flags={"seed": one}) for one in chosen]
     how = TrainOptions(
-        out=folder,
+        out=out or Path("runs") / _name(every[0], preset),
         data_dir=data_dir,
         device=device,
         workers=workers,
@@ -64,31 +72,73 @@ def train(
         resume=resume,
         download=download,
     )
+    alone = out is not None and seeds is None  # --out is the run folder itself
+    runs = [(one, how if alone else replace(how, out=how.out / f"seed{one.config.seed}")) for one in every]
     if dry_run:
-        _show_plan(resolved, how, json)
+        _show_plans(runs, json, several=seeds is not None)
         return
+    if len(runs) > 1 and not resume:
+        _check_unused(runs)
     progress = listener(quiet)
-    model = run(resolved, how, progress)
-    progress.note(f"model: {model}")
+    answers = []
+    for resolved, options in runs:
+        if len(runs) > 1:
+            progress.note(f"seed {resolved.config.seed}: {options.out}")
+        model = run(resolved, options, progress)
+        progress.note(f"model: {model}")
+        answers.append({"model": str(model), "folder": str(options.out)})
     if json:
-        emit_json({"model": str(model), "folder": str(folder)})
+        emit_json(answers[0] if seeds is None else {"runs": answers})
 
 
-def _show_plan(resolved: Resolved, how: TrainOptions, json: bool) -> None:
-    """The dry run: configuration with sources, size of the network, steps, files."""
+def _seeds(seeds: str | None, seed: int | None) -> list[int | None]:
+    """The seeds of `--seeds 0,1,2`, or the one of --seed (None: as configured). Raises `InputError` if they are wrong."""
+    if seeds is None:
+        return [seed]
+    if seed is not None:
+        raise InputError(f"--seed {seed} and --seeds {seeds} are both given", "Give one of them.")
+    parts = [part.strip() for part in seeds.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise InputError(f"--seeds is {seeds!r}, but must be different whole numbers, 0 or more", "As in --seeds 0,1,2")
+    return [int(part) for part in parts]
+
+
+def _name(resolved: Resolved, preset: str | None) -> str:
+    """The name of the folder under runs: the preset's, or what the configuration is mainly about."""
+    name = preset or f"{resolved.config.data['name']}-{resolved.config.loss['name']}-{resolved.noise.sigma:g}"
+    return name.replace("/", "-").replace(":", "-")
+
+
+def _check_unused(runs: list[Run]) -> None:
+    """Raises `InputError` if one of the folders holds a run: better now than after hours with the seeds before it."""
+    from rscli.engine.runfolder import RunFolder
+
+    used = [str(how.out) for _, how in runs if RunFolder(how.out).config.exists()]
+    if used:
+        hint = "Add --resume to go on with what is there, or choose another folder with --out."
+        raise InputError(f"there is a training run already in {', '.join(used)}", hint)
+
+
+def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
+    """The dry run: configuration with sources, size of the network, steps, files; several runs differ in seed and files."""
     from rich.table import Table
 
     from rscli.cli.output import emit_json, stdout
     from rscli.engine.train import outlook
 
-    plan = outlook(resolved, how)
+    plans = [outlook(resolved, how) for resolved, how in runs]
     if json:
-        plain = {key: value for key, value in asdict(plan).items() if key != "files"}
-        emit_json({"config": resolved.as_dict(), "sources": resolved.sources, **plain, "files": [str(f) for f in plan.files]})
+        answers = [
+            {"config": one.as_dict(), "sources": one.sources, **asdict(plan), "files": [str(file) for file in plan.files]}
+            for (one, _), plan in zip(runs, plans, strict=True)
+        ]
+        emit_json({"runs": answers} if several else answers[0])
         return
+    resolved, plan = runs[0][0], plans[0]
+    seeds = ", ".join(str(one.config.seed) for one, _ in runs)
     table = Table("setting", "value", "source", box=None, pad_edge=False)
     for key, value in leaves(resolved.as_dict()):
-        table.add_row(key, str(value), resolved.sources.get(key, "default"))
+        table.add_row(key, seeds if key == "seed" else str(value), resolved.sources.get(key, "default"))
     console = stdout()
     console.print(table)
     images = "unknown until the data are there" if plan.images is None else f"{plan.images:,}"
@@ -97,7 +147,8 @@ def _show_plan(resolved: Resolved, how: TrainOptions, json: bool) -> None:
     console.print(f"training images {images}", highlight=False)
     chunks = f" (each batch in {plan.chunks} chunks, a step each)" if plan.chunks > 1 else ""
     console.print(f"steps an epoch  {steps}{chunks}", highlight=False)
-    console.print("would write     " + "\n                ".join(str(f) for f in plan.files), highlight=False, markup=False)
+    files = [str(file) for plan in plans for file in plan.files]
+    console.print("would write     " + "\n                ".join(files), highlight=False, markup=False)
 
 
 def leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -114,13 +114,13 @@ def _assemble(settings: Settings, malformed: Iterable[str] = ()) -> Resolved:
     nested = nest(settings)
     sections = {name: nested.pop(name, None) for name in SECTIONS}
     head = _head(nested, problems)
-    plugins = {name: plugin for name, given in sections.items() if (plugin := _plugin(name, given, problems)) is not None}
+    plugins = {name: plugin for name, given in sections.items() if (plugin := build_section(name, given, problems)) is not None}
     if head is not None and "loss" in plugins:
         _check_chunks(head, cast(Loss, plugins["loss"]), problems)
     problems.check()
     assert head is not None  # for mypy: without a head there was a problem
     names = {name: str(sections[name]["name"]) for name in plugins}
-    config = head.model_copy(update={name: _section(name, names[name], plugin) for name, plugin in plugins.items()})
+    config = head.model_copy(update={name: full_section(name, names[name], plugin) for name, plugin in plugins.items()})
     origins = {dotted(key): _origin(key, settings) for key, _ in leaves(config.model_dump(mode="json"))}
     provenance = [registry.installed().provenance(SECTIONS[name], names[name]) for name in plugins]
     return Resolved(config, plugins, origins, provenance)
@@ -137,7 +137,7 @@ def _head(nested: dict[str, Any], problems: Problems) -> TrainConfig | None:
         return None
 
 
-def _plugin(section: str, given: Any, problems: Problems) -> Plugin | None:
+def build_section(section: str, given: Any, problems: Problems) -> Plugin | None:
     """The plugin of a section; None if it has none (no attack), or after a problem was noted."""
     kind, key = SECTIONS[section], (section, "name")
     if given is None and section == "attack":
@@ -173,7 +173,7 @@ def _check_chunks(head: TrainConfig, loss: Loss, problems: Problems) -> None:
         )
 
 
-def _section(section: str, name: str, plugin: Plugin) -> dict[str, Any]:
+def full_section(section: str, name: str, plugin: Plugin) -> dict[str, Any]:
     """A plugin's section in full; what the name says (timm/resnet18) is not said again."""
     _, variant = registry.installed().find(SECTIONS[section], name)
     said = {plugin.variant} if variant is not None else set()

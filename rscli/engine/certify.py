@@ -2,59 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 
 from rscli import __version__
 from rscli.api import ABSTAIN, Certifier, Dataset, Decision, Noise, Question, fields_of
 from rscli.engine.data import Split, open_split
-from rscli.engine.devices import environment, memory_layout, pick_device
+from rscli.engine.devices import environment
 from rscli.engine.modelfile import Model, load_model
+from rscli.engine.preview import alternative, cost
 from rscli.engine.progress import Progress
-from rscli.engine.results import ResultWriter, Row
+from rscli.engine.ranks import Ranks, join
+from rscli.engine.results import ResultWriter, Row, parts_of, read_protocol
 from rscli.engine.sample import BLOCK, CertifierInquiry, Inquiry, Sampler
+from rscli.engine.sampling import SamplingOptions
 from rscli.engine.signals import StopRequest, stop_requests
 from rscli.errors import ConfigError, InputError, PluginError, Stopped
 from rscli.registry import installed
 
+GRID_STEP = 0.25
+"""Distance of the radii of the default grid, in [0, 1] pixels: the field's tables have these."""
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How samples are drawn. Only `precision`, `seed` and the kind of device change what a certificate rests on."""
+LONG_RUN = 1_000_000
+"""From so many samples on, a trial at the start looks for the fastest batch size and layout."""
 
-    device: str = "auto"
-    batch: int = 256
-    precision: str = "fp32"
-    channels_last: bool = True
-    seed: int = 0
-
-    def sampler(self, model: Model) -> Sampler:
-        """A sampler of `model`, moved to the device. Raises `InputError` for a device or precision that is not to be had."""
-        device = pick_device(self.device)
-        return Sampler(
-            model.classifier.to(device).to(memory_format=memory_layout(self.channels_last)),
-            model.noise,
-            len(model.card.spec.class_names),
-            seed=self.seed,
-            batch=self.batch,
-            device=device,
-            precision=self.precision,
-            channels_last=self.channels_last,
-        )
+SHOW_SECONDS = 0.2
+"""Time between two reports of progress."""
 
 
 @dataclass(frozen=True)
 class CertifyOptions:
     """What is certified, and where the rows go.
 
-    Of the split's images, those at index `start`, `start + skip`, `start + 2 skip`, ... are taken, `max` of them at most.
+    Of the split's images, those at index `start`, `start + skip`, `start + 2 skip`, ... are taken, `max` of them at most; of
+    these, with `shard` = (k, K), every K-th, from the k-th on. `radii` are for certifiers that decide given radii; without any,
+    they get a grid of `GRID_STEP`.
     """
 
     model: Path
@@ -66,11 +57,12 @@ class CertifyOptions:
     start: int = 0
     skip: int = 1
     max: int | None = None
+    shard: tuple[int, int] | None = None
     radii: tuple[float, ...] = ()
     labels: bool = False
     resume: bool = False
     download: bool = False
-    sampling: SamplingOptions = SamplingOptions()
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
 
 @dataclass(frozen=True)
@@ -97,25 +89,23 @@ def build_certifier(section: dict[str, Any]) -> Certifier:
 
 
 def certify(options: CertifyOptions, progress: Progress) -> Tally:
-    """Certifies, or continues a run, and returns its tally.
+    """Certifies, or continues a run, and returns its tally; started by torchrun, does so together with the other processes.
 
     Raises `InputError` for a model, data, options or a result file that do not fit, and `Stopped` when asked to stop (all
     decided images are saved).
     """
+    ranks = join()
     model = load_model(options.model)
     certifier = build_certifier(options.certifier)
+    options = replace(options, radii=decided_radii(certifier, model.noise, options.radii))
     split = _open(model, options)
     wanted = _wanted(options, len(split))
-    sampler = options.sampling.sampler(model)
-    protocol = _protocol(model, certifier, split, sampler, options)
-    if options.resume and options.out.exists():
-        writer = ResultWriter.resume(options.out, protocol)
+    sampler, protocol = _prepare(model, certifier, split, options, ranks, progress, wanted)
+    with _begin(options, protocol, ranks) as writer, stop_requests() as stop:
         for text in writer.notes:
             progress.warn(text)
-    else:
-        writer = ResultWriter.create(options.out, protocol)
-    with writer, stop_requests() as stop:
-        return _run(_Images(model, certifier, split, options), wanted, sampler, writer, progress, stop)
+        run = _Run(_Images(model, certifier, split, options), sampler, writer, ranks, progress, stop)
+        return run.over(wanted, merge=options.shard is None)
 
 
 class _Images:
@@ -193,37 +183,132 @@ class _Score:
         return Tally(out, self.images, self.abstained, self.correct / images, self.radius / images, samples, seconds)
 
 
-def _run(
-    images: _Images, wanted: list[int], sampler: Sampler, writer: ResultWriter, progress: Progress, stop: StopRequest
-) -> Tally:
-    todo = [index for index in wanted if index not in writer.done]
-    began: dict[int, float] = {}
-    score, start, done = _Score(writer.rows), time.monotonic(), len(wanted) - len(todo)
+class _Run:
+    """One process's part of a certification."""
 
-    def inquiries() -> Iterator[Inquiry]:
-        for index in todo:
-            began[index] = time.monotonic()
-            yield images.inquire(index)
+    def __init__(
+        self, images: _Images, sampler: Sampler, writer: ResultWriter, ranks: Ranks, progress: Progress, stop: StopRequest
+    ) -> None:
+        self.images, self.sampler, self.writer, self.ranks, self.progress, self.stop = (
+            images, sampler, writer, ranks, progress, stop
+        )  # fmt: skip
+        self.score = _Score(writer.rows)
+        self.start = self.shown = time.monotonic()
+        self.done = 0
 
-    def tick() -> bool:
-        progress.update(done, score.figures(sampler.samples / max(time.monotonic() - start, 1e-9)))
-        return stop.requested
+    def over(self, wanted: list[int], *, merge: bool) -> Tally:
+        """Certifies what is not decided yet of `wanted`; the first process puts the parts together, if `merge`."""
+        todo = [index for index in wanted if index not in self.writer.done]
+        self.done = len(wanted) - len(todo)
+        began: dict[int, float] = {}
 
-    progress.start("certify", len(wanted), done, "image")
-    try:
-        for inquiry in sampler.run(inquiries(), tick):
-            row = images.row(cast(CertifierInquiry, inquiry), time.monotonic() - began.pop(inquiry.key))
-            writer.append(row)
-            score.add(row)
-            done += 1
-        tick()
-    finally:
-        progress.finish()
-    if done < len(wanted):
-        hint = "The same command with --resume goes on from there."
-        raise Stopped(f"stopped as asked; {score.images} images are decided and saved", hint, exit_code=stop.exit_code)
-    writer.finish()
-    return score.tally(writer.path, sampler.samples, time.monotonic() - start)
+        def inquiries() -> Iterator[Inquiry]:
+            for index in self.ranks.hand_out(todo):
+                began[index] = time.monotonic()
+                yield self.images.inquire(index)
+
+        self.progress.start("certify", len(wanted), self.done, "image")
+        try:
+            for inquiry in self.sampler.run(inquiries(), self._tick):
+                row = self.images.row(cast(CertifierInquiry, inquiry), time.monotonic() - began.pop(inquiry.key))
+                self.writer.append(row)
+                self.score.add(row)
+                self.ranks.add("decided", 1)
+            self._show()
+        finally:
+            self.progress.finish()
+        if self.stop.requested and self.done + self.ranks.add("decided", 0) < len(wanted):
+            hint = "The same command with --resume goes on from there."
+            text = f"stopped as asked; {self.score.images} images are decided and saved"
+            raise Stopped(text, hint, exit_code=self.stop.exit_code)
+        samples = self.ranks.add("samples", self.sampler.samples)
+        self.writer.close()
+        self.ranks.meet("done")
+        if merge and self.ranks.rank == 0:
+            self.writer.finish()
+            self.score = _Score(self.writer.rows)
+            samples = self.ranks.add("samples", 0)
+        return self.score.tally(self.writer.path, samples, time.monotonic() - self.start)
+
+    def _tick(self) -> bool:
+        """Before every batch: shows how far all processes are, now and then, and says whether to stop."""
+        if time.monotonic() - self.shown >= SHOW_SECONDS:
+            self._show()
+        return self.stop.requested
+
+    def _show(self) -> None:
+        self.shown = time.monotonic()
+        speed = self.sampler.samples / max(self.shown - self.start, 1e-9)
+        self.progress.update(self.done + self.ranks.add("decided", 0), self.score.figures(speed))
+
+
+def decided_radii(certifier: Certifier, noise: Noise, asked: tuple[float, ...]) -> tuple[float, ...]:
+    """The radii to decide: those asked for, or a grid up to what n samples can prove; none if the certifier takes none."""
+    if not certifier.grid:
+        if asked:
+            name = type(certifier).__name__
+            hint = "Leave --radii out, or choose a certifier that decides given radii: --certifier sequential."
+            raise InputError(f"the certifier {name} gives each image as large a radius as it can, and takes no --radii", hint)
+        return ()
+    return asked or grid_radii(certifier, noise)
+
+
+def grid_radii(certifier: Certifier, noise: Noise) -> tuple[float, ...]:
+    """0, 0.25, 0.5, ... as far as n unanimous samples can prove."""
+    provable = certifier.alpha ** (1 / certifier.n)
+    grid = (place * GRID_STEP for place in itertools.count())
+    return tuple(itertools.takewhile(lambda radius: noise.probability(radius) < provable, grid))
+
+
+def _prepare(
+    model: Model,
+    certifier: Certifier,
+    split: Split,
+    options: CertifyOptions,
+    ranks: Ranks,
+    progress: Progress,
+    wanted: list[int],
+) -> tuple[Sampler, dict[str, Any]]:
+    """The sampler, and the protocol. All processes of a run, and a run that is resumed, use one batch size and layout.
+
+    Another batch size draws the same noise, but may change the last bits of the network's output.
+    """
+    if ranks.rank > 0:
+        ranks.meet("protocol")
+    before = read_protocol(options.out) if options.resume or ranks.rank > 0 or options.shard else None
+    long = len(wanted) * certifier.n >= LONG_RUN
+    sampler, choice = options.sampling.sampler(model, ((before or {}).get("info") or {}), long=long)
+    if choice.speed is not None:
+        layout = "channels_last" if choice.channels_last else "contiguous"
+        progress.note(f"trial: batch {choice.batch}, {layout}: the network alone does {choice.speed:,.0f} samples/s")
+        speed = choice.speed * ranks.world
+        progress.note(cost(certifier, len(wanted), speed))
+        if not certifier.grid:
+            grid = grid_radii(certifier, model.noise)
+            text = alternative(certifier, model.noise, split, wanted, grid, sampler, speed)
+            if text is not None:
+                progress.note(text)
+    return sampler, _protocol(model, certifier, split, sampler, options)
+
+
+def _begin(options: CertifyOptions, protocol: dict[str, Any], ranks: Ranks) -> ResultWriter:
+    """Opens the result file, or this process's part of it."""
+    names = [] if options.shard is None else [f"shard-{options.shard[0]}-of-{options.shard[1]}"]
+    names += [] if ranks.world == 1 else [f"rank-{ranks.rank}-of-{ranks.world}"]
+    part = "-".join(names)
+    there = [path for path in (options.out, *parts_of(options.out)) if path.exists()]
+    if options.shard is not None:
+        there = [path for path in there if path == options.out or f".part-{names[0]}" in path.name]
+    if there and not options.resume and ranks.rank == 0:
+        hint = "Go on with it (--resume), or write to another file (--out)."
+        raise InputError(f"the result file {there[0]} exists already", hint)
+    if not part:
+        return (ResultWriter.resume if there else ResultWriter.create)(options.out, protocol)
+    writer = ResultWriter.join(options.out, protocol, part)
+    if ranks.rank == 0:
+        ranks.meet("protocol")
+    ranks.meet("begun")  # nobody writes before everybody has read what is there
+    return writer
 
 
 def _open(model: Model, options: CertifyOptions) -> Split:
@@ -253,6 +338,13 @@ def _wanted(options: CertifyOptions, images: int) -> list[int]:
         if value is not None and value < least:
             raise InputError(f"{name} is {value}, but must be at least {least}")
     wanted = list(range(options.start, images, options.skip))[: options.max]
+    if options.shard is not None:
+        number, count = options.shard
+        if not 1 <= number <= count:
+            raise InputError(f"--shard is {number}/{count}, but must be from 1/{count} to {count}/{count}")
+        wanted = wanted[number - 1 :: count]
+    if not wanted and options.shard is not None:
+        raise InputError(f"--shard {options.shard[0]}/{options.shard[1]} has no image to certify", "Use fewer shards.")
     if not wanted:
         raise InputError(f"--start {options.start} lies behind the last of the {images} images of the split {options.split!r}")
     return wanted
@@ -291,8 +383,9 @@ def _protocol(model: Model, certifier: Certifier, split: Split, sampler: Sampler
             "start": options.start,
             "skip": options.skip,
             "max": options.max,
-            "batch": sampling.batch,
-            "channels_last": sampling.channels_last,
+            "batch": sampler.batch,
+            "channels_last": sampler.layout == torch.channels_last,
+            "compile": sampling.compile,
             **environment(sampler.device),
         },
     }

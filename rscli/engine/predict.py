@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
-from rscli.engine.certify import SamplingOptions, certified_radius
+from rscli.engine.certify import certified_radius
 from rscli.engine.modelfile import Model
 from rscli.engine.progress import Progress
 from rscli.engine.sample import CertifierInquiry, Inquiry
+from rscli.engine.sampling import SamplingOptions
 from rscli.engine.seeds import derive
 from rscli.engine.signals import stop_requests
 from rscli.engine.transforms import load_image
@@ -114,7 +115,7 @@ def predict(
 
     With `MajorityVote` the answer has no radius; any other certifier gives one. Raises `Stopped` when asked to stop.
     """
-    sampler = sampling.sampler(model)
+    sampler, _ = sampling.sampler(model, {}, long=False)
     classes = len(model.card.spec.class_names)
     broken: list[Prediction] = []
     opened: dict[int, Path] = {}

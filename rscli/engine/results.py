@@ -28,6 +28,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape as glob_escape
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -205,16 +206,19 @@ def _shown(values: dict[str, Any], key: str) -> str:
 
 
 class ResultWriter:
-    """Appends rows to a result file; begin with `create` or `resume`, and use it in a `with` block.
+    """Appends rows to a result file; begin with `create`, `resume` or `join`, and use it in a `with` block.
 
-    `rows` are those in the file, `done` their indices, and `notes` are lines that a user who resumes should read.
+    Several processes that work on one result write a part each, beside the result and under its protocol; `finish` makes one
+    file of them. `rows` are those of the result so far, of all its parts; `done` are their indices, and `notes` are lines that
+    a user who resumes should read.
     """
 
-    def __init__(self, path: Path, rows: list[Row], notes: list[str]) -> None:
+    def __init__(self, path: Path, rows: list[Row], notes: list[str], part: str | None = None) -> None:
         self.path, self.rows, self.notes = path, rows, notes
         self.done = {row.idx for row in rows}
-        self._file = path.open("ab", buffering=0)
-        self._size = path.stat().st_size
+        self._target = path if part is None else part_path(path, part)
+        self._file = self._target.open("ab", buffering=0)
+        self._size = self._target.stat().st_size
         self._synced = time.monotonic()
 
     @classmethod
@@ -233,9 +237,13 @@ class ResultWriter:
     def resume(cls, path: Path, protocol: dict[str, Any]) -> Self:
         """Goes on with the file at `path`; a last line that is not whole is cut off, and its image is to be done again.
 
+        Parts of the result that other processes left are taken in.
+
         Raises `InputError` if the file is missing or foreign, a line before the last is broken, or the protocol differs in
         anything but `info`. What differs in `info` goes to `notes`: the protocol file keeps what the run began with.
         """
+        if not path.exists() and parts_of(path):
+            path.touch()
         rows, whole = _whole_rows(path)
         before = read_protocol(path)
         if before is None and not whole:  # interrupted between claiming the name and writing the protocol
@@ -243,7 +251,30 @@ class ResultWriter:
         notes = _agree(path, before, json.loads(json.dumps(protocol)))
         if path.stat().st_size > whole:
             os.truncate(path, whole)
-        return cls(path, rows, notes) if whole else cls._begun(path)
+        writer = cls(path, _union(path, rows), notes)
+        if not whole:
+            writer._write(HEADER)
+        return writer
+
+    @classmethod
+    def join(cls, path: Path, protocol: dict[str, Any], part: str) -> Self:
+        """Goes on with one `part` of the result at `path`, or begins it; what is decided elsewhere is known, and only read.
+
+        Raises `InputError` as `resume` does.
+        """
+        before = read_protocol(path)
+        if before is None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(protocol_path(path), before := protocol)
+        notes = _agree(path, before, json.loads(json.dumps(protocol)))
+        target = part_path(path, part)
+        target.touch()
+        _, whole = _whole_rows(target)
+        os.truncate(target, whole)
+        writer = cls(path, _union(path, _whole_rows(path)[0] if path.exists() else []), notes, part)
+        if not whole:
+            writer._write(HEADER)
+        return writer
 
     @classmethod
     def _begun(cls, path: Path) -> Self:
@@ -265,12 +296,15 @@ class ResultWriter:
         self.done.add(row.idx)
 
     def finish(self) -> None:
-        """Sorts the rows by index, atomically, and closes the file. Does nothing to a file that is sorted already."""
+        """One file of all rows, sorted by index, atomically; parts are removed. Leaves alone what is finished already."""
         self.close()
         self._alone()
-        text = HEADER + "".join(format_row(row) for row in sorted(self.rows, key=lambda row: row.idx))
-        if self.path.read_bytes() != text.encode():
+        self.rows = sorted(_union(self.path, self.rows), key=lambda row: row.idx)
+        text = HEADER + "".join(format_row(row) for row in self.rows)
+        if not self.path.exists() or self.path.read_bytes() != text.encode():
             write_text(self.path, text)
+        for part in parts_of(self.path):
+            part.unlink()
 
     def close(self) -> None:
         """Closes the file, with every row on the disk. May be called again."""
@@ -300,12 +334,33 @@ class ResultWriter:
 
     def _alone(self) -> None:
         """Raises `RscliError` if somebody else has written to the file since we did."""
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = self._target.stat().st_size if self._target.exists() else 0
         if size != self._size:
             raise RscliError(
-                f"{self.path} was changed while this run wrote to it: {self._size} bytes were expected, {size} are there",
+                f"{self._target} was changed while this run wrote to it: {self._size} bytes were expected, {size} are there",
                 "Another process certifies into the same file. Give each its own --out, then run this one with --resume.",
             )
+
+
+def part_path(path: Path, part: str) -> Path:
+    """Where the part called `part` of the result `path` lies."""
+    return path.with_name(f"{path.name}.part-{part}")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The parts of the result `path` that are there, by name."""
+    return sorted(path.parent.glob(f"{glob_escape(path.name)}.part-*"))
+
+
+def result_of(path: Path) -> Path:
+    """The result that `path` is, or is a part of."""
+    return path.with_name(path.name.partition(".part-")[0])
+
+
+def _union(path: Path, rows: list[Row]) -> list[Row]:
+    """`rows`, and those of the parts of `path`; an image that two processes did counts once (its rows say the same)."""
+    found = {row.idx: row for part in parts_of(path) for row in _whole_rows(part)[0]}
+    return list({**found, **{row.idx: row for row in rows}}.values())
 
 
 def _whole_rows(path: Path) -> tuple[list[Row], int]:
@@ -394,8 +449,12 @@ def read_results(path: Path) -> Results:
     A last line of ours without line feed (its run goes on, or was killed) is left out, with a note. Raises `InputError` with
     the line number for every broken line, and for a file that is missing, empty or of another kind.
     """
-    path = path / "results.tsv" if path.is_dir() else path
+    path = result_of(path / "results.tsv" if path.is_dir() else path)
     protocol = read_protocol(path)
+    if parts := parts_of(path):
+        together = _union(path, _whole_rows(path)[0] if path.exists() else [])
+        note = f"{path}: its {len(parts)} parts are not put together yet; `rscli certify --resume` does that"
+        return _results(path, sorted(together, key=lambda row: row.idx), protocol, (note,))
     header, *lines = _text(path).split("\n")
     columns = _columns(path, header)
     notes: tuple[str, ...] = ()

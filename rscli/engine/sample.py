@@ -122,6 +122,25 @@ class _Active:
         return self.inquiry.wanted - self.drawn
 
 
+_Segment = tuple[_Active, int, int]
+"""Samples of one image: the image, the first sample, and how many."""
+
+
+def _cut(segments: list[_Segment], most: int) -> list[list[_Segment]]:
+    """The samples of `segments` in groups of at most `most`, in the same order."""
+    groups: list[list[_Segment]] = [[]]
+    room = most
+    for active, start, take in segments:
+        while take:
+            if not room:
+                groups.append([])
+                room = most
+            part = min(room, take)
+            groups[-1].append((active, start, part))
+            start, take, room = start + part, take - part, room - part
+    return groups
+
+
 class Sampler:
     """Draws samples for any number of inquiries in batches of one static shape."""
 
@@ -161,8 +180,7 @@ class Sampler:
             segments = self._fill(waiting, wait=late is not None)
             ready = [active for active, *_ in segments if active.outstanding == 0]
             with torch.inference_mode(), precision_scope(self.precision, self.device):
-                if segments:
-                    self._launch(segments)
+                self._launch(segments)
                 snapshot = (ready, *self._snapshot(ready)) if ready else None
                 done = self._look(*late) if late else []
             late = snapshot
@@ -170,12 +188,13 @@ class Sampler:
             if not segments and late is None and not self._active:
                 return
 
-    def _fill(self, waiting: Iterator[Inquiry], *, wait: bool) -> list[tuple[_Active, int, int]]:
+    def _fill(self, waiting: Iterator[Inquiry], *, wait: bool) -> list[_Segment]:
         """Segments (image, first sample, samples) for the next batch; opens new images when the open ones want too little.
 
         With `wait`, a batch that could not be filled is put off: a look that is due may want more samples.
         """
-        room, segments = self.batch, []
+        room = self.batch
+        segments: list[_Segment] = []
         position = 0
         while room:
             if position == len(self._active):
@@ -196,7 +215,21 @@ class Sampler:
             active.drawn += take
         return segments
 
-    def _launch(self, segments: list[tuple[_Active, int, int]]) -> None:
+    def _launch(self, segments: list[_Segment]) -> None:
+        """Runs the model on the noisy images of `segments`, in batches that fit: out of memory halves the batch for good."""
+        waiting = [segments] if segments else []
+        while waiting:
+            try:
+                self._forward(waiting[0])
+                waiting.pop(0)
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
+                self.batch = (self.batch + 1) // 2
+                torch.cuda.empty_cache()
+                waiting = [part for group in waiting for part in _cut(group, self.batch)]
+
+    def _forward(self, segments: list[_Segment]) -> None:
         """Draws the noise of `segments`, runs the model on the batch, and adds its predictions to the counts."""
         parts = [part for segment in segments for part in self._noisy(*segment)]
         used = sum(take for *_, take in segments)

@@ -6,9 +6,13 @@ import csv
 import json
 from dataclasses import asdict
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rscli.report.summary import LEVEL, RHO, Comparison, Difference, Summary
+
+if TYPE_CHECKING:
+    from rscli.report.groups import Group
+    from rscli.report.published import Beside
 
 SCHEMA = 1
 """Rises when a column or key is renamed, removed, or changes its meaning."""
@@ -24,6 +28,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "results": [asdict(summary) for summary in comparison.summaries],
         "differences": [asdict(difference) for difference in comparison.differences],
         "notes": list(comparison.notes),
+        "groups": [asdict(group) for group in comparison.groups],
+        "published": [asdict(beside) for beside in comparison.published],
     }
 
 
@@ -33,10 +39,16 @@ def to_json(comparison: Comparison) -> str:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """One line for each run and radius, the run's own figures repeated; empty where nothing is known or compared."""
+    """One line for each run and radius, then for each group and radius, the run's own figures repeated.
+
+    Cells are empty where nothing is known or compared. `seeds` says how many runs a line averages.
+    """
     page = StringIO()
     differences: dict[str, Difference] = {difference.name: difference for difference in comparison.differences}
     lines = [line for summary in comparison.summaries for line in _lines(summary, differences.get(summary.name))]
+    lines += [{**dict.fromkeys(lines[0]), **line} for group in comparison.groups for line in _group_lines(group)]
+    published = {beside.name: beside for beside in comparison.published}
+    lines = [{**line, **_published(published.get(line["name"]), line["radius"])} for line in lines]
     writer = csv.DictWriter(page, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
@@ -60,6 +72,35 @@ def _lines(summary: Summary, difference: Difference | None) -> list[dict[str, An
             "only_baseline": test and test.only_second,
             "p_value": test and test.p_value,
             "p_adjusted": test and test.adjusted,
+            "seeds": 1,
+            "acr_sd": None,
+            "accuracy_sd": None,
         }
         for point, test in zip(summary.points, tests, strict=True)
     ]
+
+
+def _group_lines(group: Group) -> list[dict[str, Any]]:
+    run = {"name": group.name, "acr": group.acr, "acr_sd": group.acr_sd, "lower_bound": group.lower_bound}
+    return [{**run, "seeds": len(group.seeds), **asdict(point)} for point in group.points]
+
+
+def _published(beside: Beside | None, radius: float) -> dict[str, Any]:
+    """The published row beside a run or group, and its certified accuracy at `radius`."""
+    row = beside and beside.row
+    point = next((point for point in beside.points if point.radius == radius), None) if beside else None
+    return {
+        "published_source": row and row.logs_of,
+        "published_setting": row and row.setting,
+        "published_seeds": row and row.seeds,
+        "published_images": row and row.images,
+        "published_acr": row and row.acr,
+        "published_acr_sd": row and row.acr_sd,
+        "published_difference": beside and beside.difference,
+        "published_margin": beside and beside.margin,
+        "published_within": beside and beside.within,
+        "published_other_setting": beside and "; ".join(beside.settings),
+        "published_other_protocol": beside and "; ".join(beside.protocol),
+        "published_accuracy": point and point.accuracy,
+        "published_accuracy_difference": point and point.difference,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,10 @@ from rscli.api import ABSTAIN
 from rscli.engine.results import Results
 from rscli.report.align import align, grid
 from rscli.stats import metrics, paired
+
+if TYPE_CHECKING:
+    from rscli.report.groups import Group
+    from rscli.report.published import Beside
 
 LEVEL = 0.95
 """Confidence of every interval."""
@@ -76,13 +81,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a table or a plot shows. `runs` are aligned; `notes` must reach the reader."""
+    """Everything that a table or a plot shows. `runs` are aligned; `notes` must reach the reader.
+
+    `groups` and `published` are filled by `rscli.report.groups.grouped` and `rscli.report.published.with_published`.
+    """
 
     radii: tuple[float, ...]
     runs: tuple[Results, ...]
     summaries: tuple[Summary, ...]
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
+    groups: tuple[Group, ...] = ()
+    published: tuple[Beside, ...] = ()
 
 
 def compare(

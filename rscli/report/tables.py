@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rscli.report.summary import LEVEL, RHO, Comparison, Difference, Point, Summary
 from rscli.stats import metrics, paired
+
+if TYPE_CHECKING:
+    from rscli.report.groups import Group
+    from rscli.report.published import Beside
 
 UNKNOWN = "–"
 _PERCENT = f"{100 * LEVEL:g} %"
@@ -36,10 +41,15 @@ class Table:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Certified accuracy; the differences to the first run, if there are others; and what the figures rest on."""
+    """Certified accuracy, of single runs and over seeds; differences to the first run, and to what was published; and what
+    the figures rest on. Tables without a row are left out."""
     out = [_accuracy(comparison)]
+    if comparison.groups:
+        out.append(_groups(comparison))
     if comparison.differences:
         out.append(_differences(comparison))
+    if comparison.published:
+        out += [_published(comparison), _published_accuracy(comparison)]
     return [*out, _protocol(comparison)]
 
 
@@ -48,7 +58,7 @@ def radius_text(radius: float) -> str:
     return f"{radius:.2f}" if round(radius, 2) == radius else repr(radius)
 
 
-def acr_text(summary: Summary) -> str:
+def acr_text(summary: Summary | Group) -> str:
     """ACR with four digits; a lower bound is marked, and rounded down."""
     return f"≥ {metrics.round_down(summary.acr, 4):.4f}" if summary.lower_bound else f"{summary.acr:.4f}"
 
@@ -80,6 +90,24 @@ def _point(point: Point, digits: int) -> Cell:
     return Cell(f"{100 * point.accuracy:.{digits}f}", f"±{100 * side:.{digits}f}")
 
 
+def _groups(comparison: Comparison) -> Table:
+    digits = _digits(comparison)
+
+    def row(group: Group) -> tuple[Cell, ...]:
+        accuracies = (Cell(f"{100 * p.accuracy:.{digits}f}", f"±{100 * p.accuracy_sd:.{digits}f}") for p in group.points)
+        seeds = Cell(f"{len(group.seeds)}", ", ".join(map(str, group.seeds)))
+        return (Cell(group.name), seeds, Cell(acr_text(group), f"±{group.acr_sd:.4f}"), *accuracies)
+
+    return Table(
+        title="Mean over training seeds: certified accuracy (%) by radius",
+        header=("model", "seeds", "ACR", *map(radius_text, comparison.radii)),
+        rows=tuple(row(group) for group in comparison.groups),
+        caption="± is the standard deviation over the seeds (divided by one less). All are on the same images, so it does not "
+        "have the choice of the images in it.",
+        fixed=3,
+    )
+
+
 def _differences(comparison: Comparison) -> Table:
     images, digits = comparison.summaries[0].images, _digits(comparison)
 
@@ -101,6 +129,61 @@ def _test(test: paired.RadiusTest, images: int, digits: int) -> Cell:
     points = 100 * (test.only_first - test.only_second) / images
     p = "p <0.001" if test.adjusted < 0.001 else f"p {test.adjusted:.3f}"
     return Cell(_signed(points, digits), p)
+
+
+def _published(comparison: Comparison) -> Table:
+    def row(beside: Beside) -> tuple[Cell, ...]:
+        theirs = beside.row
+        spread = "" if theirs.acr_sd is None else f"±{theirs.acr_sd:.4f}"
+        same = beside.images == beside.shared == theirs.images
+        return (
+            Cell(beside.name),
+            Cell(f"{beside.acr:.4f}"),
+            Cell(f"{theirs.acr:.4f}", spread),
+            Cell(_signed(beside.difference, 4), f"±{beside.margin:.4f}" if beside.margin else ""),
+            Cell(_verdict(beside), "; ".join(beside.protocol)),
+            Cell(f"{beside.images:,}", "" if same else f"{beside.shared:,} of their {theirs.images:,}"),
+            Cell(f"{theirs.seeds}"),
+            Cell(theirs.setting or UNKNOWN, "; ".join(beside.settings)),
+            Cell(theirs.logs_of),
+        )
+
+    return Table(
+        title="Beside the published figures",
+        header=("model", "ACR", "published", "difference", "within?", "images", "their seeds", "their setting", "source"),
+        rows=tuple(row(beside) for beside in comparison.published),
+        caption="The nearest published row of the same data set, architecture, method and sigma. within: the difference is at "
+        "most ±, twice the standard deviation from the seeds of both sides and, where images differ, from the choice of the "
+        "images (taken as drawn at random). Below a setting: in what ours is another.",
+    )
+
+
+def _verdict(beside: Beside) -> str:
+    """Whether the difference is within the errors, or why that cannot be told."""
+    if beside.within is not None:
+        return "within" if beside.within else "beyond"
+    return "other protocol" if beside.protocol else "unknown"
+
+
+def _published_accuracy(comparison: Comparison) -> Table:
+    digits = _digits(comparison)
+
+    def row(beside: Beside) -> tuple[Cell, ...]:
+        at = {point.radius: point for point in beside.points}
+        cells = (
+            Cell(f"{100 * at[radius].accuracy:.{digits}f}", _signed(100 * at[radius].difference, digits))
+            if radius in at
+            else Cell(UNKNOWN)
+            for radius in comparison.radii
+        )
+        return (Cell(beside.name), *cells)
+
+    return Table(
+        title="Published certified accuracy (%) by radius",
+        header=("model", *map(radius_text, comparison.radii)),
+        rows=tuple(row(beside) for beside in comparison.published),
+        caption="Signed: ours minus theirs, in points. Each is on its own images, and at its own protocol.",
+    )
 
 
 def _signed(value: float, digits: int) -> str:

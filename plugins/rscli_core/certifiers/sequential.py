@@ -6,7 +6,7 @@ The test and its references are in `rscli.stats.sequential`. A table asks only w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -35,6 +35,8 @@ class _Standing:
 
 class Sequential(Certifier):
     """Stops as soon as every wanted radius is certified or hopeless; needs radii."""
+
+    grid: ClassVar[bool] = True
 
     early: float = Field(sequential.EARLY, ge=0, le=1, description="part of alpha that is spent before the last look")
     give_up: float = Field(sequential.GIVE_UP, gt=0, lt=1, description="probability of giving up what holds; costs no error")

@@ -1,0 +1,77 @@
+"""`rscli import`"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rscli.cli import options as opt
+from rscli.cli.certify import model_path
+
+if TYPE_CHECKING:
+    from rscli.engine.importing import Imported
+
+
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="A file of torch.save, or a safetensors state dict.")],
+    dataset: Annotated[str, typer.Option("--dataset", help="What it was trained on; see `rscli plugins`.")],
+    sigma: Annotated[float, typer.Option("--sigma", help="Noise it was trained for, in [0, 1] pixels.")],
+    arch: Annotated[
+        str | None, typer.Option("--arch", help="Architecture; see `rscli plugins`.  [default: as the file says]")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Model file to write.")] = Path("model.safetensors"),
+    normalization: Annotated[
+        str, typer.Option("--normalization", help="auto, dataset (the data set's), or none; what the file holds comes first.")
+    ] = "auto",
+    noise: Annotated[str, typer.Option("--noise", help="Smoothing distribution.")] = "gaussian",
+    sets: opt.Sets = None,
+    data_dir: opt.DataDir = opt.DATA_DIR,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Import a checkpoint of other code, so that it can be certified: tensors and their description in one model file.
+
+    Reads what the codes of this field publish (arch, state_dict, epoch; names behind module. or 1.), and plain state dicts of
+    timm or torchvision. The field's names of architectures are known: lenet, resnet50, cifar_resnet20, cifar_resnet110,
+    cifar_densenet40. Code inside a file is never run. Says which normalisation it assumed.
+
+    Examples:
+
+        rscli import checkpoint.pth.tar --dataset cifar10 --sigma 0.5
+
+        rscli import weights.pth --arch cifar-resnet --set arch.depth=110 --dataset cifar10 --sigma 0.5 --normalization none
+
+        rscli import resnet18.safetensors --arch timm/resnet18 --dataset imagefolder --set data.path=photos --sigma 0.25
+    """
+    from rscli.cli.output import emit_json, listener
+    from rscli.engine.importing import ImportOptions, import_checkpoint
+
+    progress = listener(quiet)
+    found = import_checkpoint(
+        ImportOptions(
+            checkpoint=checkpoint,
+            out=model_path(out),
+            dataset=dataset,
+            sigma=sigma,
+            data_dir=data_dir,
+            arch=arch,
+            noise=noise,
+            normalization=normalization,
+            sets=tuple(sets or ()),
+            force=force,
+        ),
+        progress,
+    )
+    progress.note(_line(found))
+    progress.note(f"model: {found.model}")
+    if json:
+        emit_json(asdict(found))
+
+
+def _line(found: Imported) -> str:
+    epochs = "" if found.epochs is None else f", {found.epochs} epochs"
+    return f"imported {found.arch['name']}: {found.parameters:,} parameters, {found.classes} classes{epochs}"

@@ -1,0 +1,88 @@
+"""Several processes, one certification: torchrun starts them, a shared counter hands out the images.
+
+Images can differ a hundredfold in cost, so nobody is given a share beforehand: whoever needs another image takes the next one.
+The processes share nothing but torchrun's key-value store; there are no collectives that could wait for a dead peer, and it
+makes no difference whether they run on CPUs or GPUs. When one dies, torchrun ends the others, and `--resume` goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+POLL_SECONDS = 0.02
+
+
+class Ranks(Protocol):
+    """The processes of a run, seen from one of them."""
+
+    rank: int
+    world: int
+
+    def hand_out(self, images: Sequence[int]) -> Iterator[int]:
+        """The images that this process is to do, of a list that is the same in all; each image goes to one process."""
+
+    def add(self, name: str, amount: int) -> int:
+        """Adds to the counter `name` of all processes, and returns its value."""
+
+    def meet(self, name: str) -> None:
+        """Waits until every process is here; each `name` is good for one meeting."""
+
+
+class Alone:
+    """A single process."""
+
+    rank, world = 0, 1
+
+    def __init__(self) -> None:
+        self._counters: dict[str, int] = {}
+
+    def hand_out(self, images: Sequence[int]) -> Iterator[int]:
+        """All of them."""
+        return iter(images)
+
+    def add(self, name: str, amount: int) -> int:
+        """Counts here."""
+        self._counters[name] = self._counters.get(name, 0) + amount
+        return self._counters[name]
+
+    def meet(self, name: str) -> None:
+        """Nobody to wait for."""
+
+
+class Together:
+    """One of several processes that torchrun started."""
+
+    def __init__(self, store: Store, rank: int, world: int) -> None:
+        self._store, self.rank, self.world = store, rank, world
+
+    def hand_out(self, images: Sequence[int]) -> Iterator[int]:
+        """The next image that nobody has taken, whenever one is wanted."""
+        while (place := self.add("next image", 1) - 1) < len(images):
+            yield images[place]
+
+    def add(self, name: str, amount: int) -> int:
+        """Counts in the store."""
+        return int(self._store.add(name, amount))
+
+    def meet(self, name: str) -> None:
+        """Arrives, and waits for the others; torchrun ends the wait if one of them has died."""
+        self.add(f"meet {name}", 1)
+        while self.add(f"meet {name}", 0) < self.world:
+            time.sleep(POLL_SECONDS)
+
+
+def join() -> Ranks:
+    """The processes that torchrun started (it says so in WORLD_SIZE and RANK), or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Alone()
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(iter(rendezvous("env://")))
+    return Together(PrefixStore("rscli", store), rank, world)
