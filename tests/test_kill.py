@@ -42,7 +42,7 @@ def interrupted(arguments: list[str], ready: Callable[[], bool], number: int) ->
     try:
         end = time.monotonic() + PATIENCE
         while not ready() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.002)
+            time.sleep(0.01)
         assert process.poll() is None, f"it ended before it could be killed:\n{process.communicate()[1]}"
         process.send_signal(number)
         out, err = process.communicate(timeout=PATIENCE)

@@ -22,7 +22,7 @@ from rscli.engine.modelfile import Model, load_model
 from rscli.engine.preview import alternative, cost
 from rscli.engine.progress import Progress
 from rscli.engine.ranks import Ranks, join
-from rscli.engine.results import ResultWriter, Row, parts_of, read_protocol
+from rscli.engine.results import ResultWriter, Row, part_path, parts_of, read_protocol
 from rscli.engine.sample import BLOCK, CertifierInquiry, Inquiry, Sampler
 from rscli.engine.sampling import SamplingOptions
 from rscli.engine.signals import StopRequest, stop_requests
@@ -95,6 +95,8 @@ def certify(options: CertifyOptions, progress: Progress) -> Tally:
     decided images are saved).
     """
     ranks = join()
+    if ranks.rank == 0 and not options.resume:
+        _refuse_to_overwrite(options)
     model = load_model(options.model)
     certifier = build_certifier(options.certifier)
     options = replace(options, radii=decided_radii(certifier, model.noise, options.radii))
@@ -293,22 +295,34 @@ def _prepare(
 
 def _begin(options: CertifyOptions, protocol: dict[str, Any], ranks: Ranks) -> ResultWriter:
     """Opens the result file, or this process's part of it."""
-    names = [] if options.shard is None else [f"shard-{options.shard[0]}-of-{options.shard[1]}"]
+    names = [] if options.shard is None else [_shard_name(options.shard)]
     names += [] if ranks.world == 1 else [f"rank-{ranks.rank}-of-{ranks.world}"]
-    part = "-".join(names)
-    there = [path for path in (options.out, *parts_of(options.out)) if path.exists()]
-    if options.shard is not None:
-        there = [path for path in there if path == options.out or f".part-{names[0]}" in path.name]
-    if there and not options.resume and ranks.rank == 0:
-        hint = "Go on with it (--resume), or write to another file (--out)."
-        raise InputError(f"the result file {there[0]} exists already", hint)
-    if not part:
-        return (ResultWriter.resume if there else ResultWriter.create)(options.out, protocol)
-    writer = ResultWriter.join(options.out, protocol, part)
+    if not names:
+        return (ResultWriter.resume if _there(options) else ResultWriter.create)(options.out, protocol)
+    writer = ResultWriter.join(options.out, protocol, "-".join(names))
     if ranks.rank == 0:
         ranks.meet("protocol")
     ranks.meet("begun")  # nobody writes before everybody has read what is there
     return writer
+
+
+def _refuse_to_overwrite(options: CertifyOptions) -> None:
+    """Raises `InputError` if there is a result already; of a shard, only its own part and the finished result count."""
+    there = _there(options)
+    if options.shard is not None:
+        own = part_path(options.out, _shard_name(options.shard)).name
+        there = [path for path in there if path.name in (options.out.name, own) or path.name.startswith(f"{own}-rank")]
+    if there:
+        hint = "Go on with it (--resume), or write to another file (--out)."
+        raise InputError(f"the result file {there[0]} exists already", hint)
+
+
+def _there(options: CertifyOptions) -> list[Path]:
+    return [path for path in (options.out, *parts_of(options.out)) if path.exists()]
+
+
+def _shard_name(shard: tuple[int, int]) -> str:
+    return f"shard-{shard[0]}-of-{shard[1]}"
 
 
 def _open(model: Model, options: CertifyOptions) -> Split:

@@ -80,8 +80,7 @@ def _datasets(data_dir: Path) -> Iterator[Finding]:
             dataset = cast(type[Dataset], load_entry(entry))()
         except (RscliError, ValidationError):
             continue  # broken ones are listed as plugins; some need settings that only the user knows
-        for finding in dataset.check(data_dir):
-            yield Finding(finding.ok, f"{entry.name}: {finding.text}", finding.hint)
+        yield from dataset.check(data_dir)
 
 
 def _plugins() -> Iterator[Finding]:

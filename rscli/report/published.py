@@ -37,7 +37,8 @@ class Beside:
     """A result, or the mean of a group, beside the published `row` that is nearest to it.
 
     `settings` and `protocol` say where ours and theirs differ. Of our `images`, `shared` are among those of the row.
-    `difference` is our ACR minus theirs. Two errors are in it, each as a standard deviation:
+    `acr` is ours, a `lower_bound` as in a `Summary`; `difference` is ours minus theirs (which the tables cut off after four
+    digits). Two errors are in it, each as a standard deviation:
 
     - `spread`, over training seeds: the variance of one run, pooled from the seeds on both sides, times 1/(our seeds) +
       1/(their seeds); None where neither side has two seeds.
@@ -56,6 +57,7 @@ class Beside:
     images: int
     shared: int
     acr: float
+    lower_bound: bool
     difference: float
     spread: float | None
     sampling: float | None
@@ -102,7 +104,8 @@ def _beside(
     acrs = [metrics.acr(run.radius, run.correct) for run in runs]
     accuracy = np.mean([metrics.certified_accuracy(run.radius, run.correct, radii) for run in runs], axis=0)
     images, shared = radius.size, int(np.isin(runs[0].idx, row_images(row)).sum())
-    difference, spread = metrics.mean_sd(acrs)[0] - row.acr, _spread(acrs, row)
+    acr, spread = metrics.mean_sd(acrs)[0], _spread(acrs, row)
+    difference = acr - row.acr
     share = variance_share(images, row.images, shared)
     sampling = math.sqrt(float(radius.var(ddof=1)) * share) if images > 1 else None
     margin = FACTOR * math.hypot(spread or 0.0, sampling or 0.0)
@@ -115,7 +118,8 @@ def _beside(
         protocol=protocol,
         images=images,
         shared=shared,
-        acr=metrics.mean_sd(acrs)[0],
+        acr=acr,
+        lower_bound=any(map(grid, runs)),
         difference=difference,
         spread=spread,
         sampling=sampling,
@@ -142,7 +146,7 @@ def _spread(acrs: Sequence[float], row: PublishedRow) -> float | None:
 def _other_protocol(run: Results) -> tuple[str, ...]:
     """In what the run was certified otherwise than the published ones were: ACR depends on it."""
     protocol = run.protocol or {}
-    texts = [f"{key} {protocol.get(key):,}, not {value:,}" for key, value in PROTOCOL.items() if protocol.get(key) != value]
+    texts = [f"{key} {protocol.get(key)}, not {value}" for key, value in PROTOCOL.items() if protocol.get(key) != value]
     certifier = (protocol.get("certifier") or {}).get("name")
     if certifier != "cohen":
         texts.append(f"certifier {certifier}, not cohen")

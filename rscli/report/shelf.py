@@ -50,7 +50,8 @@ class Shelf:
         return {} if preset is None else schedule(preset.settings)
 
     def _preset(self, row: PublishedRow) -> Preset | None:
-        return next((preset for preset in self.presets if preset.header.published == row.key), None)
+        key = row.key
+        return next((preset for preset in self.presets if preset.header.published == key), None)
 
 
 def read_shelf() -> Shelf:

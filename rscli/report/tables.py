@@ -49,7 +49,9 @@ def tables(comparison: Comparison) -> list[Table]:
     if comparison.differences:
         out.append(_differences(comparison))
     if comparison.published:
-        out += [_published(comparison), _published_accuracy(comparison)]
+        out.append(_published(comparison))
+    if any(beside.points for beside in comparison.published):
+        out.append(_published_accuracy(comparison))
     return [*out, _protocol(comparison)]
 
 
@@ -58,7 +60,7 @@ def radius_text(radius: float) -> str:
     return f"{radius:.2f}" if round(radius, 2) == radius else repr(radius)
 
 
-def acr_text(summary: Summary | Group) -> str:
+def acr_text(summary: Summary | Group | Beside) -> str:
     """ACR with four digits; a lower bound is marked, and rounded down."""
     return f"≥ {metrics.round_down(summary.acr, 4):.4f}" if summary.lower_bound else f"{summary.acr:.4f}"
 
@@ -102,8 +104,8 @@ def _groups(comparison: Comparison) -> Table:
         title="Mean over training seeds: certified accuracy (%) by radius",
         header=("model", "seeds", "ACR", *map(radius_text, comparison.radii)),
         rows=tuple(row(group) for group in comparison.groups),
-        caption="± is the standard deviation over the seeds (divided by one less). All are on the same images, so it does not "
-        "have the choice of the images in it.",
+        caption="± is the standard deviation over the seeds (divided by one less). All are on the same images, so their choice "
+        "is not in it.",
         fixed=3,
     )
 
@@ -138,7 +140,7 @@ def _published(comparison: Comparison) -> Table:
         same = beside.images == beside.shared == theirs.images
         return (
             Cell(beside.name),
-            Cell(f"{beside.acr:.4f}"),
+            Cell(acr_text(beside)),
             Cell(f"{theirs.acr:.4f}", spread),
             Cell(_signed(beside.difference, 4), f"±{beside.margin:.4f}" if beside.margin else ""),
             Cell(_verdict(beside), "; ".join(beside.protocol)),
