@@ -22,11 +22,11 @@ LOSS = {"name": "consistency", "m": 2, "lbd": 5.0, "eta": 0.5, "form": "default"
 RADII = {0: (0.5, 1.0, 0.0, 0.25), 1: (0.6, 1.1, 0.0, 0.0), 2: (0.2, 1.5, 0.4, 0.3)}  # by seed; 0: an abstention
 
 
-def write(path: Path, seed: int | None, *, info: dict | None = None, **protocol) -> Path:
-    """A finished result of ours, whose model was trained with `seed`."""
+def write(path: Path, trained_with: int | None, *, info: dict | None = None, **protocol) -> Path:
+    """A finished result of ours, whose model was trained with that seed."""
     whole = {
         "format": 1,
-        "model_sha256": f"model {seed}",
+        "model_sha256": f"model {trained_with}",
         "dataset": "digits",
         "split": "test",
         "data_sha256": "00",
@@ -38,10 +38,10 @@ def write(path: Path, seed: int | None, *, info: dict | None = None, **protocol)
         "alpha": 0.001,
         "labels": False,
         "seed": 0,
-        "info": {"model": str(path), "arch": {"name": "lenet"}, "loss": LOSS, "train_seed": seed, **(info or {})},
+        "info": {"model": str(path), "arch": {"name": "lenet"}, "loss": LOSS, "train_seed": trained_with, **(info or {})},
     }
     with ResultWriter.create(path, {**whole, **protocol}) as writer:
-        for idx, radius in enumerate(RADII[(seed or 0) % 3]):
+        for idx, radius in enumerate(RADII[(trained_with or 0) % 3]):
             predict = 7 if radius else -1
             writer.append(Row(idx, 7, predict, radius, predict == 7, 1.0))
         writer.finish()
@@ -107,11 +107,11 @@ def test_the_same_seed_twice_is_not_averaged(tmp_path):
 
 def test_two_methods_are_two_groups_named_by_what_their_runs_have_in_common(tmp_path):
     other = {"info": {"loss": {"name": "gaussian"}}}
-    paths = [write(tmp_path / "cons-0.5" / f"seed{i}" / "results.tsv", i) for i in (10, 11)]
+    paths = [write(tmp_path / "cons-0.5" / f"seed{i}" / "results.tsv", i) for i in (0, 1)]
     paths += [write(tmp_path / "gaussian" / f"seed{i}" / "results.tsv", i, **other) for i in (0, 1)]
     found = groups_of(*paths).groups
     assert [(group.name, group.members) for group in found] == [
-        ("cons-0.5", ("cons-0.5/seed10", "cons-0.5/seed11")),
+        ("cons-0.5", ("cons-0.5/seed0", "cons-0.5/seed1")),
         ("gaussian", ("gaussian/seed0", "gaussian/seed1")),
     ]
 
@@ -119,12 +119,14 @@ def test_two_methods_are_two_groups_named_by_what_their_runs_have_in_common(tmp_
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (("cons-run1", "cons-run2"), "cons"),
+        (("cons-0.5/seed9", "cons-0.5/seed10"), "cons-0.5"),
+        (("cons_run1", "cons_run2"), "cons"),
         (("A1", "A2"), "A"),
         (("seed0", "seed1"), "folder"),
+        (("first", "second"), "folder"),
         (("first", "folder"), "first + folder"),
     ],
-    ids=["common-start", "letters", "folder", "taken"],
+    ids=["folders", "runs", "numbers", "nothing-else", "nothing-in-common", "taken"],
 )
 def test_the_name_of_a_group(tmp_path, names, expected):
     paths = [write(tmp_path / "folder" / f"{i}.tsv", i) for i in range(2)]
@@ -136,7 +138,7 @@ def test_the_table_has_means_with_deviations(seeds):
     (row,) = table.rows
     assert [(cell.text, cell.detail) for cell in row] == [
         ("cons", ""),
-        ("3", "0, 1, 2"),
+        ("3", "(0, 1, 2)"),
         ("0.4875", "±0.0976"),  # of 0.4375, 0.425 and 0.6
         ("75.0", "±25.0"),
         ("25.0", "±0.0"),

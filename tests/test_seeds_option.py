@@ -25,21 +25,19 @@ def run(*words):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Instead of training: which seeds were asked for, and where; the seed 2 is told to stop with the given exit code."""
+    """Instead of training: which seeds were asked for, and where; a seed in `stop` is stopped with that exit code."""
     import rscli.engine.train
 
-    calls = []
-    calls_stop = {}
+    calls, stop = [], {}
 
     def train(resolved, options, progress):
         calls.append((resolved.config.seed, options.out.as_posix(), options.resume))
-        if resolved.config.seed in calls_stop:
-            raise Stopped("stopped as asked", exit_code=calls_stop[resolved.config.seed])
+        if resolved.config.seed in stop:
+            raise Stopped("stopped as asked", exit_code=stop[resolved.config.seed])
         return options.out / "model.safetensors"
 
     monkeypatch.setattr(rscli.engine.train, "train", train)
-    calls_stop_holder = calls_stop
-    train.calls, train.stop = calls, calls_stop_holder
+    train.calls, train.stop = calls, stop
     return train
 
 

@@ -26,6 +26,9 @@ from rscli.errors import InputError, PluginError, RscliError
 BLOCK = 64
 """Samples a block of noise; part of the protocol, since another size draws other noise."""
 
+SPARE = 8
+"""How many batches' worth of drawn noise is kept at most: the rest of blocks whose next samples were not wanted yet."""
+
 Counts = NDArray[np.int64]
 
 
@@ -166,6 +169,8 @@ class Sampler:
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._free = deque(range(slots))
         self._active: list[_Active] = []
+        self._images: Tensor | None = None
+        self._spare: dict[tuple[int, int], Tensor] = {}  # (image's key, block) to noise
         self.samples = 0
 
     def run(self, inquiries: Iterable[Inquiry], stop: Callable[[], bool] = lambda: False) -> Iterator[Inquiry]:
@@ -201,8 +206,7 @@ class Sampler:
                 inquiry = next(waiting, None) if self._free else None
                 if inquiry is None:
                     break
-                image = inquiry.image().to(self.device, non_blocking=True)
-                self._active.append(_Active(inquiry, self._free.popleft(), image))
+                self._active.append(_Active(inquiry, self._free.popleft(), self._sent(inquiry.image())))
             active = self._active[position]
             position += 1
             take = min(room, active.outstanding)
@@ -225,38 +229,69 @@ class Sampler:
             except torch.OutOfMemoryError:
                 if self.batch == 1:
                     raise
-                self.batch = (self.batch + 1) // 2
+                self.batch, self._images = (self.batch + 1) // 2, None
+                self._spare.clear()
                 torch.cuda.empty_cache()
                 waiting = [part for group in waiting for part in _cut(group, self.batch)]
 
     def _forward(self, segments: list[_Segment]) -> None:
-        """Draws the noise of `segments`, runs the model on the batch, and adds its predictions to the counts."""
-        parts = [part for segment in segments for part in self._noisy(*segment)]
-        used = sum(take for *_, take in segments)
-        if used < self.batch:
-            parts.append(torch.zeros(self.batch - used, *parts[0].shape[1:], device=self.device))
-        logits = self.model(torch.cat(parts).contiguous(memory_format=self.layout))
+        """Runs the model on the noisy images of `segments`, and adds its predictions to the counts."""
+        logits = self.model(self._assemble(segments))
         if tuple(logits.shape) != (self.batch, self.classes):
             shape = (self.batch, self.classes)
             raise PluginError(f"the model returned logits of shape {tuple(logits.shape)}, where {shape} was announced")
+        self._count(logits, segments)
+
+    def _assemble(self, segments: list[_Segment]) -> Tensor:
+        """The noisy images of `segments`, and zeros up to the static shape: (batch, channel, height, width)."""
+        if self._images is None:
+            self._images = torch.empty(self.batch, *segments[0][0].image.shape, device=self.device)
+        place = 0
+        for active, start, take in segments:
+            for noise in self._noise(active, start, take):
+                torch.add(noise, active.image, out=self._images[place : place + len(noise)])
+                place += len(noise)
+        self._images[place:].zero_()
+        return self._images.contiguous(memory_format=self.layout)
+
+    def _noise(self, active: _Active, start: int, take: int) -> Iterator[Tensor]:
+        """The noise (k, channel, height, width) of samples `start` to `start + take`, block by block.
+
+        A block that is not used up is kept: its other samples are mostly wanted soon, and it would have to be drawn again.
+        """
+        end = start + take
+        for block in range(start // BLOCK, (end - 1) // BLOCK + 1):
+            first = block * BLOCK
+            noise = self._spare.pop((active.inquiry.key, block), None)
+            if noise is None:
+                random = block_generator(self.device, self.seed, active.inquiry.key, block)
+                noise = self.noise.sample((BLOCK, *active.image.shape), generator=random, device=self.device)
+            if end < first + BLOCK:
+                self._spare[active.inquiry.key, block] = noise
+                if len(self._spare) * BLOCK > SPARE * self.batch:
+                    self._spare.pop(next(iter(self._spare)))  # the one that has waited longest
+            yield noise[max(start - first, 0) : end - first]
+
+    def _count(self, logits: Tensor, segments: list[_Segment]) -> None:
+        """Adds the predictions to the counts of their images; those of the padding go to the table's last row."""
+        takes = [take for *_, take in segments]
+        used = sum(takes)
         self._finite &= logits[:used].isfinite().all()
         slots = torch.tensor([active.slot for active, *_ in segments] + [len(self._counts) - 1])
-        rows = slots.repeat_interleave(torch.tensor([take for *_, take in segments] + [self.batch - used]))
-        places = rows.to(self.device, non_blocking=True) * self.classes + logits.argmax(-1)
+        rows = self._sent(slots.repeat_interleave(torch.tensor([*takes, self.batch - used])))
+        places = rows * self.classes + logits.argmax(-1)
         self._counts.view(-1).scatter_add_(0, places, torch.ones_like(places))
         self.samples += used
 
-    def _noisy(self, active: _Active, start: int, take: int) -> Iterator[Tensor]:
-        """The noisy images (k, channel, height, width) of samples `start` to `start + take`, block by block."""
-        for block in range(start // BLOCK, (start + take - 1) // BLOCK + 1):
-            random = block_generator(self.device, self.seed, active.inquiry.key, block)
-            noise = self.noise.sample((BLOCK, *active.image.shape), generator=random, device=self.device)
-            first = block * BLOCK
-            yield noise[max(start - first, 0) : start + take - first].add_(active.image)
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the device; from pinned memory to CUDA, so that the host does not wait."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _snapshot(self, ready: list[_Active]) -> tuple[Tensor, torch.cuda.Event | None]:
         """The counts of images whose look is due, on their way to the host; the last row says if all logits were finite."""
-        slots = torch.tensor([active.slot for active in ready]).to(self.device, non_blocking=True)
+        slots = self._sent(torch.tensor([active.slot for active in ready]))
         table = torch.cat([self._counts[slots], self._finite.long().expand(1, self.classes)])
         if self.device.type != "cuda":
             return table.cpu(), None
@@ -281,8 +316,9 @@ class Sampler:
             if finished:
                 done.append(active)
         if again:
-            self._counts[torch.tensor(again).to(self.device, non_blocking=True)] = 0
+            self._counts.index_fill_(0, self._sent(torch.tensor(again)), 0)
         for active in done:
             self._active.remove(active)
             self._free.append(active.slot)
+            self._spare.pop((active.inquiry.key, (active.drawn - 1) // BLOCK), None)
         return [active.inquiry for active in done]

@@ -103,13 +103,10 @@ def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _name(runs: Sequence[Results], taken: set[str]) -> str:
-    """What the names of the runs begin with, or else the folder that holds them all; their names in a row if that is taken."""
-    start = "".join(_common([run.name for run in runs]))
-    start = re.sub(r"(^|[\W_])(seed|run)\d*$", "", start).rstrip("/-_. ")
-    folder = _common([run.path.resolve().parent.parts for run in runs])[-1:]
-    return next((name for name in (start, *folder) if name and name not in taken), " + ".join(run.name for run in runs))
-
-
-def _common(sequences: Sequence[Sequence[str]]) -> list[str]:
-    """What all `sequences` begin with."""
-    return [same[0] for same in takewhile(lambda same: len(set(same)) == 1, zip(*sequences, strict=False))]
+    """The name that the runs share but for the seed behind it (`cons/seed0`, `cons-run1`, `cons2`), or else the folder that
+    holds them all; if that is taken, their names in a row."""
+    stems = {re.sub(r"[\W_]*(seed|run)?\d+$", "", run.name) for run in runs}
+    parents = zip(*(run.path.resolve().parent.parts[1:] for run in runs), strict=False)
+    folders = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, parents)]
+    candidates = [*(stems if len(stems) == 1 else ()), *folders[-1:]]
+    return next((name for name in candidates if name and name not in taken), " + ".join(run.name for run in runs))

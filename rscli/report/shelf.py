@@ -34,13 +34,13 @@ class Shelf:
         """The row for a result on the images `idx` (images,): same data set, architecture, method and sigma; None without one.
 
         Of several, the one with the nearest setting (rows that tell none come last); then one that a preset reproduces; then
-        the one on images most like these, which are the very same if there is such a row.
+        the one on images most like these, which are the very same if there is such a row; then the one of most seeds.
         """
 
-        def key(row: PublishedRow) -> tuple[bool, float, bool, float]:
+        def key(row: PublishedRow) -> tuple[bool, float, bool, float, int]:
             shared = int(np.isin(idx, row_images(row)).sum())
             share = variance_share(idx.size, row.images, shared)
-            return not row.setting, recipe.distance(row), self._preset(row) is None, share
+            return not row.setting, recipe.distance(row), self._preset(row) is None, share, -row.seeds
 
         return min((row for row in self.rows if recipe.fits(row)), key=key, default=None)
 

@@ -97,7 +97,7 @@ def _groups(comparison: Comparison) -> Table:
 
     def row(group: Group) -> tuple[Cell, ...]:
         accuracies = (Cell(f"{100 * p.accuracy:.{digits}f}", f"±{100 * p.accuracy_sd:.{digits}f}") for p in group.points)
-        seeds = Cell(f"{len(group.seeds)}", ", ".join(map(str, group.seeds)))
+        seeds = Cell(f"{len(group.seeds)}", f"({', '.join(map(str, group.seeds))})")
         return (Cell(group.name), seeds, Cell(acr_text(group), f"±{group.acr_sd:.4f}"), *accuracies)
 
     return Table(
