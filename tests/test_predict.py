@@ -22,7 +22,8 @@ from rscli.engine.train import TrainOptions, train
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "digits"
 TORN = EXAMPLES / "0-index305.png"
-SIGMA = 0.75
+SIGMA = 0.5
+SETS = ["epochs=3", "batch=32", "optimizer.lr=0.05", f"noise.sigma={SIGMA}"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,11 +36,9 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two epochs: good enough for the examples."""
+    """Three epochs: good enough for the examples."""
     folder = tmp_path_factory.mktemp("model")
-    resolved = resolve(
-        preset="digits-gaussian-0.25", sets=["epochs=2", "batch=32", "optimizer.lr=0.05", f"noise.sigma={SIGMA}"]
-    )
+    resolved = resolve(preset="digits-gaussian-0.25", sets=SETS)
     return train(resolved, TrainOptions(out=folder / "run", data_dir=folder, device="cpu", workers=0), Silent())
 
 

@@ -394,6 +394,7 @@ def _protocol(model: Model, certifier: Certifier, split: Split, sampler: Sampler
             "loss": (card.config or {}).get("loss"),
             "attack": (card.config or {}).get("attack"),
             "train_seed": (card.config or {}).get("seed"),
+            "config": card.config,
             "start": options.start,
             "skip": options.skip,
             "max": options.max,

@@ -92,7 +92,9 @@ def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path
         progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
     with stop_requests() as stop:
         _run(trainer, folder, progress, stop)
-    save_model(folder.model, trainer.classifier, model_card(resolved, spec))
+        save_model(folder.model, trainer.classifier, model_card(resolved, spec))
+    if stop.requested:
+        raise Stopped(f"stopped as asked, when {folder.model} was just finished", exit_code=stop.exit_code)
     return folder.model
 
 
