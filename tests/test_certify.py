@@ -21,10 +21,12 @@ from rscli.engine.certify import CertifyOptions, SamplingOptions, certify
 from rscli.engine.data import Split, open_split
 from rscli.engine.modelfile import Model, load_model
 from rscli.engine.progress import Silent
-from rscli.engine.results import ResultWriter, Row, parse_row, protocol_path
+from rscli.engine.protocol import protocol_path
+from rscli.engine.rows import Row, parse_row
 from rscli.engine.sample import BLOCK
 from rscli.engine.seeds import block_generator
 from rscli.engine.train import TrainOptions, train
+from rscli.engine.writer import ResultWriter
 from rscli.errors import ConfigError, InputError, Stopped
 
 N0, N, ALPHA, SIGMA = 20, 100, 0.01, 0.5

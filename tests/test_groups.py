@@ -12,7 +12,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rscli.engine.results import ResultWriter, Row, read_results
+from rscli.engine.results import read_results
+from rscli.engine.rows import Row
+from rscli.engine.writer import ResultWriter
 from rscli.report.groups import grouped
 from rscli.report.render import FORMATS, render
 from rscli.report.summary import compare

@@ -15,7 +15,9 @@ import typer
 from typer.testing import CliRunner
 
 from rscli.config.presets import list_presets, load_preset, published_for
-from rscli.engine.results import ResultWriter, Row, read_results
+from rscli.engine.results import read_results
+from rscli.engine.rows import Row
+from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError
 from rscli.report.groups import grouped
 from rscli.report.published import Beside, with_published

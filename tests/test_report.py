@@ -17,7 +17,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rscli.engine.results import ResultWriter, Row, read_results
+from rscli.engine.results import read_results
+from rscli.engine.rows import Row
+from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError
 from rscli.report.plot import curve, draw, save_plot
 from rscli.report.render import FORMATS, latex_text, print_tables, render

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rscli.engine import results
-from rscli.engine.results import ResultWriter, Row, format_row, parse_row, protocol_path, read_results
+from rscli.engine import rows
+from rscli.engine.protocol import protocol_path
+from rscli.engine.results import read_results
+from rscli.engine.rows import Row, format_row, parse_row
+from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError, RscliError
 
 PROTOCOL = {
@@ -81,7 +84,7 @@ def test_a_reason_cannot_break_the_line():
     ],
 )
 def test_times_as_the_fields_tools_write_them(text, seconds):
-    assert parse_row(f"0\t1\t1\t0.5\t1\t{text}", results.FIELD_COLUMNS).seconds == pytest.approx(seconds, abs=1e-9)
+    assert parse_row(f"0\t1\t1\t0.5\t1\t{text}", rows.FIELD_COLUMNS).seconds == pytest.approx(seconds, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_cut_off_at_any_byte_it_resumes_with_whole_rows_and_ends_the_same(tmp_pa
         kept = max(whole[:size].count(b"\n") - 1, 0)
         with ResultWriter.resume(path, PROTOCOL) as writer:
             assert writer.rows == ROWS[:kept], size
-            assert path.read_text() == results.HEADER + "".join(map(format_row, ROWS[:kept])), size
+            assert path.read_text() == rows.HEADER + "".join(map(format_row, ROWS[:kept])), size
             for row in ROWS:
                 if row.idx not in writer.done:
                     writer.append(row)
@@ -275,7 +278,7 @@ def test_a_row_that_could_not_be_read_is_not_written(tmp_path):
     with ResultWriter.create(tmp_path / "r.tsv", PROTOCOL) as writer:
         with pytest.raises(ValueError, match="radius is nan"):
             writer.append(replace(ROWS[0], radius=float("nan")))
-        assert (writer.done, writer.rows, writer.path.read_text()) == (set(), [], results.HEADER)
+        assert (writer.done, writer.rows, writer.path.read_text()) == (set(), [], rows.HEADER)
 
 
 def test_a_full_disk_is_an_error_that_says_how_to_go_on(tmp_path, monkeypatch):

@@ -58,7 +58,8 @@ def compare(
     """
     from rscli.cli.output import stderr, stdout
     from rscli.engine.files import write_text
-    from rscli.engine.results import protocol_path, read_results
+    from rscli.engine.protocol import protocol_path
+    from rscli.engine.results import read_results
     from rscli.errors import InputError
     from rscli.report.groups import grouped
     from rscli.report.plot import check_plot_path, save_plot

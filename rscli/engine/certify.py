@@ -19,13 +19,16 @@ from rscli.api import ABSTAIN, Certifier, Dataset, Decision, Noise, Question, fi
 from rscli.engine.data import Split, open_split
 from rscli.engine.devices import environment
 from rscli.engine.modelfile import Model, load_model
+from rscli.engine.parts import part_path, parts_of
 from rscli.engine.preview import alternative, cost
 from rscli.engine.progress import Progress
+from rscli.engine.protocol import read_protocol
 from rscli.engine.ranks import Ranks, join
-from rscli.engine.results import ResultWriter, Row, part_path, parts_of, read_protocol
+from rscli.engine.rows import Row
 from rscli.engine.sample import BLOCK, CertifierInquiry, Inquiry, Sampler
 from rscli.engine.sampling import SamplingOptions
 from rscli.engine.signals import StopRequest, stop_requests
+from rscli.engine.writer import ResultWriter
 from rscli.errors import ConfigError, InputError, PluginError, Stopped
 from rscli.registry import installed
 

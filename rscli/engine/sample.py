@@ -166,7 +166,8 @@ class Sampler:
         self.layout = memory_layout(channels_last)
         slots = 2 * batch + 2  # a batch holds at most `batch` images, and those of one batch before wait for their look
         self._counts = torch.zeros(slots + 1, classes, dtype=torch.int64, device=device)
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._one = torch.ones((), dtype=torch.int64, device=device)
+        self._sum = torch.zeros((), device=device)
         self._free = deque(range(slots))
         self._active: list[_Active] = []
         self._images: Tensor | None = None
@@ -276,11 +277,10 @@ class Sampler:
         """Adds the predictions to the counts of their images; those of the padding go to the table's last row."""
         takes = [take for *_, take in segments]
         used = sum(takes)
-        self._finite &= logits[:used].isfinite().all()
-        slots = torch.tensor([active.slot for active, *_ in segments] + [len(self._counts) - 1])
-        rows = self._sent(slots.repeat_interleave(torch.tensor([*takes, self.batch - used])))
-        places = rows * self.classes + logits.argmax(-1)
-        self._counts.view(-1).scatter_add_(0, places, torch.ones_like(places))
+        rows = np.repeat([active.slot for active, *_ in segments] + [len(self._counts) - 1], [*takes, self.batch - used])
+        places = self._sent(torch.from_numpy(rows * self.classes)) + logits.argmax(-1)
+        self._counts.view(-1).scatter_add_(0, places, self._one.expand_as(places))
+        self._sum += logits[:used].sum()  # not finite as soon as one logit is not
         self.samples += used
 
     def _sent(self, tensor: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ class Sampler:
     def _snapshot(self, ready: list[_Active]) -> tuple[Tensor, torch.cuda.Event | None]:
         """The counts of images whose look is due, on their way to the host; the last row says if all logits were finite."""
         slots = self._sent(torch.tensor([active.slot for active in ready]))
-        table = torch.cat([self._counts[slots], self._finite.long().expand(1, self.classes)])
+        table = torch.cat([self._counts[slots], self._sum.isfinite().long().expand(1, self.classes)])
         if self.device.type != "cuda":
             return table.cpu(), None
         host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True).copy_(table, non_blocking=True)

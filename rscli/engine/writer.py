@@ -1,0 +1,159 @@
+"""Writes result files: append-only while a run lasts, one file sorted by index when it is finished.
+
+A line is whole or it does not count: whatever a crash cut off is sampled again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rscli.engine.files import write_json, write_text
+from rscli.engine.parts import part_path, parts_of, union, whole_rows
+from rscli.engine.protocol import agree, protocol_path, read_protocol
+from rscli.engine.rows import HEADER, Row, format_row, parse_row
+from rscli.errors import InputError, RscliError
+
+SYNC_SECONDS = 1.0
+"""Rows reach the operating system at once; the disk is waited for this often at most."""
+
+
+class ResultWriter:
+    """Appends rows to a result file; begin with `create`, `resume` or `join`, and use it in a `with` block.
+
+    Several processes that work on one result write a part each, beside the result and under its protocol; `finish` makes one
+    file of them. `rows` are those of the result so far, of all its parts; `done` are their indices, and `notes` are lines that
+    a user who resumes should read.
+    """
+
+    def __init__(self, path: Path, rows: list[Row], notes: list[str], part: str | None = None) -> None:
+        self.path, self.rows, self.notes = path, rows, notes
+        self.done = {row.idx for row in rows}
+        self._target = path if part is None else part_path(path, part)
+        self._file = self._target.open("ab", buffering=0)
+        self._size = self._target.stat().st_size
+        self._synced = time.monotonic()
+
+    @classmethod
+    def create(cls, path: Path, protocol: dict[str, Any]) -> Self:
+        """Begins a new file, its protocol first. Raises `InputError` if there is a file at `path` already."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.open("xb").close()  # claims the name, so that of two processes only one writes a protocol
+        except FileExistsError as cause:
+            hint = "Go on with it (--resume), or write to another file (--out)."
+            raise InputError(f"the result file {path} exists already", hint) from cause
+        write_json(protocol_path(path), protocol)
+        return cls._begun(path)
+
+    @classmethod
+    def resume(cls, path: Path, protocol: dict[str, Any]) -> Self:
+        """Goes on with the file at `path`; a last line that is not whole is cut off, and its image is to be done again.
+
+        Parts of the result that other processes left are taken in.
+
+        Raises `InputError` if the file is missing or foreign, a line before the last is broken, or the protocol differs in
+        anything but `info`. What differs in `info` goes to `notes`: the protocol file keeps what the run began with.
+        """
+        if not path.exists() and parts_of(path):
+            path.touch()
+        rows, whole = whole_rows(path)
+        before = read_protocol(path)
+        if before is None and not whole:  # interrupted between claiming the name and writing the protocol
+            write_json(protocol_path(path), before := protocol)
+        notes = agree(path, before, json.loads(json.dumps(protocol)))
+        if path.stat().st_size > whole:
+            os.truncate(path, whole)
+        writer = cls(path, union(path, rows), notes)
+        if not whole:
+            writer._write(HEADER)
+        return writer
+
+    @classmethod
+    def join(cls, path: Path, protocol: dict[str, Any], part: str) -> Self:
+        """Goes on with one `part` of the result at `path`, or begins it; what is decided elsewhere is known, and only read.
+
+        Raises `InputError` as `resume` does.
+        """
+        before = read_protocol(path)
+        if before is None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(protocol_path(path), before := protocol)
+        notes = agree(path, before, json.loads(json.dumps(protocol)))
+        target = part_path(path, part)
+        target.touch()
+        _, whole = whole_rows(target)
+        os.truncate(target, whole)
+        writer = cls(path, union(path, whole_rows(path)[0] if path.exists() else []), notes, part)
+        if not whole:
+            writer._write(HEADER)
+        return writer
+
+    @classmethod
+    def _begun(cls, path: Path) -> Self:
+        writer = cls(path, [], [])
+        writer._write(HEADER)
+        return writer
+
+    def append(self, row: Row) -> None:
+        """Writes one row, at once. Raises `RscliError` if the disk is full or another process writes to the file.
+
+        A row that could not be read back, or whose image is in the file already, is a defect of the caller: `ValueError`.
+        """
+        if row.idx in self.done:
+            raise ValueError(f"image {row.idx} is in {self.path} already")
+        line = format_row(row)
+        as_read = parse_row(line)
+        self._write(line)
+        self.rows.append(as_read)
+        self.done.add(row.idx)
+
+    def finish(self) -> None:
+        """One file of all rows, sorted by index, atomically; parts are removed. Leaves alone what is finished already."""
+        self.close()
+        self._alone()
+        self.rows = sorted(union(self.path, self.rows), key=lambda row: row.idx)
+        text = HEADER + "".join(format_row(row) for row in self.rows)
+        if not self.path.exists() or self.path.read_bytes() != text.encode():
+            write_text(self.path, text)
+        for part in parts_of(self.path):
+            part.unlink()
+
+    def close(self) -> None:
+        """Closes the file, with every row on the disk. May be called again."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _write(self, text: str) -> None:
+        self._alone()
+        rest = text.encode()
+        self._size += len(rest)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            if time.monotonic() - self._synced >= SYNC_SECONDS:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        except OSError as cause:
+            hint = "The rows before are saved. Make room, and run the same command with --resume."
+            raise RscliError(f"cannot write to {self.path}: {cause}", hint) from cause
+
+    def _alone(self) -> None:
+        """Raises `RscliError` if somebody else has written to the file since we did."""
+        size = self._target.stat().st_size if self._target.exists() else 0
+        if size != self._size:
+            raise RscliError(
+                f"{self._target} was changed while this run wrote to it: {self._size} bytes were expected, {size} are there",
+                "Another process certifies into the same file. Give each its own --out, then run this one with --resume.",
+            )
