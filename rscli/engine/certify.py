@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from rscli import __version__
-from rscli.api import ABSTAIN, Certifier, Dataset, Decision, Noise, Question, fields_of
+from rscli.api import Certifier, Dataset, Question, fields_of
 from rscli.engine.data import Split, open_split
 from rscli.engine.devices import environment
 from rscli.engine.modelfile import Model, load_model
@@ -23,17 +21,16 @@ from rscli.engine.parts import part_path, parts_of
 from rscli.engine.preview import alternative, cost
 from rscli.engine.progress import Progress
 from rscli.engine.protocol import read_protocol
+from rscli.engine.radii import certified_radius, decided_radii, grid_radii
 from rscli.engine.ranks import Ranks, join
 from rscli.engine.rows import Row
 from rscli.engine.sample import BLOCK, CertifierInquiry, Inquiry, Sampler
 from rscli.engine.sampling import SamplingOptions
+from rscli.engine.score import Score, Tally
 from rscli.engine.signals import StopRequest, stop_requests
 from rscli.engine.writer import ResultWriter
-from rscli.errors import ConfigError, InputError, PluginError, Stopped
+from rscli.errors import ConfigError, InputError, Stopped
 from rscli.registry import installed
-
-GRID_STEP = 0.25
-"""Distance of the radii of the default grid, in [0, 1] pixels: the field's tables have these."""
 
 LONG_RUN = 1_000_000
 """From so many samples on, a trial at the start looks for the fastest batch size and layout."""
@@ -66,19 +63,6 @@ class CertifyOptions:
     resume: bool = False
     download: bool = False
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What a run of certification came to, over all rows of its file."""
-
-    out: Path
-    images: int
-    abstained: int
-    certified_accuracy: float
-    acr: float
-    samples: int
-    seconds: float
 
 
 def build_certifier(section: dict[str, Any]) -> Certifier:
@@ -147,47 +131,6 @@ class _Images:
         )
 
 
-def certified_radius(decision: Decision, noise: Noise, radii: dict[float, float] | None = None) -> float:
-    """The radius of a decision: 0 for an abstention; exactly a wanted radius, if `p_a` is that radius' threshold in `radii`.
-
-    Raises `PluginError` if the noise gives a radius that is negative or not finite.
-    """
-    if decision.predict == ABSTAIN:
-        return 0.0
-    radius = (radii or {}).get(decision.p_a)
-    radius = noise.radius(decision.p_a, decision.p_b) if radius is None else radius
-    if not (math.isfinite(radius) and radius >= 0):
-        raise PluginError(f"the noise {type(noise).__name__} gave the radius {radius}; it must be finite and not negative")
-    return radius
-
-
-class _Score:
-    """The running figures of a run: over all rows of its file."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.images = self.abstained = self.correct = 0
-        self.radius = 0.0
-        for row in rows:
-            self.add(row)
-
-    def add(self, row: Row) -> None:
-        """Counts one row."""
-        self.images += 1
-        self.abstained += row.predict == ABSTAIN
-        self.correct += row.correct
-        self.radius += row.radius if row.correct else 0.0
-
-    def figures(self, speed: float) -> dict[str, str]:
-        """For the eye: abstentions, certified accuracy at radius 0, and samples a second."""
-        accuracy = f"{100 * self.correct / self.images:.1f}%" if self.images else "-"
-        return {"abstained": str(self.abstained), "certified": accuracy, "samples/s": f"{speed:.0f}"}
-
-    def tally(self, out: Path, samples: int, seconds: float) -> Tally:
-        """The figures at the end."""
-        images = max(self.images, 1)
-        return Tally(out, self.images, self.abstained, self.correct / images, self.radius / images, samples, seconds)
-
-
 class _Run:
     """One process's part of a certification."""
 
@@ -197,7 +140,7 @@ class _Run:
         self.images, self.sampler, self.writer, self.ranks, self.progress, self.stop = (
             images, sampler, writer, ranks, progress, stop
         )  # fmt: skip
-        self.score = _Score(writer.rows)
+        self.score = Score(writer.rows)
         self.start = self.shown = time.monotonic()
         self.done = 0
 
@@ -231,7 +174,7 @@ class _Run:
         self.ranks.meet("done")
         if merge and self.ranks.rank == 0:
             self.writer.finish()
-            self.score = _Score(self.writer.rows)
+            self.score = Score(self.writer.rows)
             samples = self.ranks.add("samples", 0)
         return self.score.tally(self.writer.path, samples, time.monotonic() - self.start)
 
@@ -245,24 +188,6 @@ class _Run:
         self.shown = time.monotonic()
         speed = self.sampler.samples / max(self.shown - self.start, 1e-9)
         self.progress.update(self.done + self.ranks.add("decided", 0), self.score.figures(speed))
-
-
-def decided_radii(certifier: Certifier, noise: Noise, asked: tuple[float, ...]) -> tuple[float, ...]:
-    """The radii to decide: those asked for, or a grid up to what n samples can prove; none if the certifier takes none."""
-    if not certifier.grid:
-        if asked:
-            name = type(certifier).__name__
-            hint = "Leave --radii out, or choose a certifier that decides given radii: --certifier sequential."
-            raise InputError(f"the certifier {name} gives each image as large a radius as it can, and takes no --radii", hint)
-        return ()
-    return asked or grid_radii(certifier, noise)
-
-
-def grid_radii(certifier: Certifier, noise: Noise) -> tuple[float, ...]:
-    """0, 0.25, 0.5, ... as far as n unanimous samples can prove."""
-    provable = certifier.alpha ** (1 / certifier.n)
-    grid = (place * GRID_STEP for place in itertools.count())
-    return tuple(itertools.takewhile(lambda radius: noise.probability(radius) < provable, grid))
 
 
 def _prepare(

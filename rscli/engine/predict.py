@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
-from rscli.engine.certify import certified_radius
 from rscli.engine.modelfile import Model
 from rscli.engine.progress import Progress
+from rscli.engine.radii import certified_radius
 from rscli.engine.sample import CertifierInquiry, Inquiry
 from rscli.engine.sampling import SamplingOptions
 from rscli.engine.seeds import derive
