@@ -29,7 +29,7 @@ demo: $(VENV)/.run
 	@echo "The plot is $(DEMO)/certified.png"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/pytest -n auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -187,28 +187,29 @@ class TestWheel:
         assert {"pyproject.toml", "README.md", "LICENSE", "presets/published.csv", "plugins/rscli_core/py.typed"} <= names
 
 
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An environment of its own (scripts, libraries) with the wheel; its dependencies are those of this environment.
+
+    They come by way of a .pth file, whose folders are searched, but whose own .pth files, an editable install's among
+    them, are not read: the checkout is out of sight.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    builder = venv.EnvBuilder(with_pip=False, symlinks=os.name != "nt")
+    context = builder.ensure_directories(folder)
+    builder.create(folder)
+    ask = [context.env_exe, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    libraries = Path(python(*ask).stdout.strip())
+    how = ["install", "--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
+    done = python(sys.executable, "-m", "pip", "--python", context.env_exe, *how, wheel)
+    assert done.returncode == 0, done.stderr
+    ours = dict.fromkeys(sysconfig.get_path(which) for which in ("purelib", "platlib"))
+    (libraries / "dependencies.pth").write_text("".join(f"{path}\n" for path in ours))
+    return Path(context.bin_path), libraries
+
+
 class TestInstalledWheel:
     pytestmark = building
-
-    @pytest.fixture(scope="class")
-    def installed(self, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-        """An environment of its own (scripts, libraries) with the wheel; its dependencies are those of this environment.
-
-        They come by way of a .pth file, whose folders are searched, but whose own .pth files, an editable install's among
-        them, are not read: the checkout is out of sight.
-        """
-        folder = tmp_path_factory.mktemp("environment")
-        builder = venv.EnvBuilder(with_pip=False, symlinks=os.name != "nt")
-        context = builder.ensure_directories(folder)
-        builder.create(folder)
-        ask = [context.env_exe, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-        libraries = Path(python(*ask).stdout.strip())
-        how = ["install", "--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
-        done = python(sys.executable, "-m", "pip", "--python", context.env_exe, *how, wheel)
-        assert done.returncode == 0, done.stderr
-        ours = dict.fromkeys(sysconfig.get_path(which) for which in ("purelib", "platlib"))
-        (libraries / "dependencies.pth").write_text("".join(f"{path}\n" for path in ours))
-        return Path(context.bin_path), libraries
 
     def script(self, installed: tuple[Path, Path], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         return python(shutil.which("rscli", path=installed[0]), *arguments, cwd=cwd, env={"PYTHONPATH": ""})
@@ -226,7 +227,7 @@ class TestInstalledWheel:
         rows = json.loads(done.stdout)
         assert {(row["kind"], row["name"]) for row in rows if row["package"] == "rscli"} == {
             (group.removeprefix("rscli."), name)
-            for group, found in points.items()
+            for group, found in POINTS.items()
             for name in found
             if group != "rscli.presets"
         }

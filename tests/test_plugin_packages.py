@@ -62,6 +62,17 @@ class Linear(Architecture):
         return nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), classes))
 '''
 
+MOODY = '''
+from rscli.api import Dataset
+
+
+class Moody(Dataset):
+    """A data set that fails when it is looked for."""
+
+    def check(self, root):
+        raise KeyError("no mood")
+'''
+
 TWIN = '''
 from pydantic import Field
 from rscli.api import NoisyLoss
@@ -107,10 +118,11 @@ def brier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where three more are installed: two losses that break at their import, an architecture, and a name that core has."""
+    """Where three more are installed: plugins that break, an architecture, and a loss of a name that core has."""
     source = tmp_path_factory.mktemp("source")
     crashing = {"crashing": 'raise RuntimeError("no licence found")\n', "quitting": "import sys\n\nsys.exit(3)\n"}
-    points = {"losses": {"crashing": "crashing:Loss", "quitting": "quitting:Loss"}}
+    crashing["moody"] = MOODY
+    points = {"losses": {"crashing": "crashing:Loss", "quitting": "quitting:Loss"}, "datasets": {"moody": "moody:Moody"}}
     return pip_install(
         tmp_path_factory.mktemp("others"),
         package(source / "broken", "their-broken", "2.0", crashing, points),
@@ -223,6 +235,17 @@ def test_training_with_a_broken_plugin_is_refused(others):
     done = rscli("train", "--preset", "digits-gaussian-0.25", "--set", "loss.name=quitting", packages=(others,))
     refused(done, "quitting", "their-broken 2.0", "quitting:Loss", "SystemExit: 3")
     assert not (others.parent / "runs").exists()
+
+
+def test_the_doctor_names_what_is_broken_and_goes_on(others):
+    done = rscli("doctor", "--json", packages=(others,))
+    assert done.returncode == 0, done.stderr
+    findings = [finding for found in json.loads(done.stdout).values() for finding in found]
+    for text in ("RuntimeError: no licence found", "SystemExit: 3", "KeyError: 'no mood'"):
+        (broken,) = [finding for finding in findings if text in finding["text"]]
+        assert not broken["ok"]
+        assert "their-broken 2.0" in broken["text"]
+    assert any("digits comes with scikit-learn" in finding["text"] for finding in findings)
 
 
 def test_the_fields_of_a_package_are_shown_like_those_of_core(brier):

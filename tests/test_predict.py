@@ -161,6 +161,17 @@ def test_a_folder_of_broken_images_only_answers_1(model, tmp_path):
     assert "a.png" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["[red]a.png", "[/red]a.png", "a[bold].png", f"{'long' * 60}.png", "ünï 日本.png"])
+def test_a_name_is_shown_as_it_is(model, tmp_path, name):
+    """No part of it is markup, and no answer is cut to the width of a terminal that is not there."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    shutil.copy(TORN, tmp_path / name)
+    result = run(model, tmp_path / name, "--n", 50, "--quiet")
+    assert result.exit_code == 0, repr(result.exception)
+    assert str(tmp_path / name) in result.stdout
+    assert len(result.stdout.splitlines()) == 2
+
+
 def test_a_near_tie_abstains(torn):
     result = run(torn, EXAMPLES, "--n", 200)
     assert result.exit_code == 0

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from rscli.engine.progress import Progress
 
+PIPE_WIDTH = 100_000
+"""Columns of an answer that no terminal shows: rich would cut the cells of a table at fewer."""
+
 LINE_SECONDS = 10.0
 """Without a terminal: seconds between two lines of progress."""
 
@@ -22,7 +25,11 @@ def stdout() -> Console:
     """The console for answers. Not cut to a width when piped; NO_COLOR is honoured."""
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with 1; a reader who has seen enough is no failure
+            raise BrokenPipeError
+
+    return Pipe(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def stderr() -> Console:

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from rscli.api import Plugin
     from rscli.registry import Entry
 
-plugins = typer.Typer(help="List the installed plugins, or show the settings of one.", invoke_without_command=True)
+plugins = typer.Typer(invoke_without_command=True)
 
 
 @plugins.callback()
 @boundary
 def listing(context: typer.Context, json: opt.Json = False) -> None:
-    """List every plugin: name, package, version and what it is. Broken ones are marked.
+    """List the installed plugins, or show the settings of one.
+
+    The listing has name, package, version and description of each; broken ones are marked.
 
     Examples:
 

@@ -70,6 +70,7 @@ def _plain(prediction: Prediction) -> dict[str, Any]:
 
 
 def _show(predictions: list[Prediction], certify: bool) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from rscli.cli.output import stderr, stdout
@@ -79,7 +80,7 @@ def _show(predictions: list[Prediction], certify: bool) -> None:
     for p in predictions:
         if p.error is None:
             radius = [] if p.radius is None else [f"{round_down(p.radius, 4):.4f}"]
-            table.add_row(str(p.path), p.name, f"{100 * p.share:.1f}%", *radius)
+            table.add_row(escape(str(p.path)), escape(p.name), f"{100 * p.share:.1f}%", *radius)
     if table.row_count:
         stdout().print(table)
     for p in predictions:

@@ -10,13 +10,13 @@ import typer
 from rscli.cli import options as opt
 from rscli.cli.boundary import boundary
 
-presets = typer.Typer(help="List the presets, or show one.", invoke_without_command=True)
+presets = typer.Typer(invoke_without_command=True)
 
 
 @presets.callback()
 @boundary
 def listing(context: typer.Context, json: opt.Json = False) -> None:
-    """List every preset: rows of papers, ready to train.
+    """List the presets, or show one: rows of papers, ready to train.
 
     Examples:
 

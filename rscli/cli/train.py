@@ -121,6 +121,7 @@ def _check_unused(runs: list[Run]) -> None:
 
 def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     """The dry run: configuration with sources, size of the network, steps, files; several runs differ in seed and files."""
+    from rich.markup import escape
     from rich.table import Table
 
     from rscli.cli.output import emit_json, stdout
@@ -138,7 +139,8 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     seeds = ", ".join(str(one.config.seed) for one, _ in runs)
     table = Table("setting", "value", "source", box=None, pad_edge=False)
     for key, value in leaves(resolved.as_dict()):
-        table.add_row(key, seeds if key == "seed" else str(value), resolved.sources.get(key, "default"))
+        shown = (key, seeds if key == "seed" else str(value), resolved.sources.get(key, "default"))
+        table.add_row(*map(escape, shown))
     console = stdout()
     console.print(table)
     images = "unknown until the data are there" if plan.images is None else f"{plan.images:,}"

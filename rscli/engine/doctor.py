@@ -80,7 +80,10 @@ def _datasets(data_dir: Path) -> Iterator[Finding]:
             dataset = cast(type[Dataset], load_entry(entry))()
         except (RscliError, ValidationError):
             continue  # broken ones are listed as plugins; some need settings that only the user knows
-        yield from dataset.check(data_dir)
+        try:
+            yield from dataset.check(data_dir)
+        except Exception as cause:  # somebody else's code: it must not take the other findings with it
+            yield Finding(False, f"the {entry} cannot be examined: {type(cause).__name__}: {cause}", f"Update {entry.package}.")
 
 
 def _plugins() -> Iterator[Finding]:

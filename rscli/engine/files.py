@@ -14,10 +14,24 @@ from rscli.errors import InputError
 
 
 @contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Makes the folder of `path`; while the body opens a file there, what the system refuses becomes an `InputError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as cause:
+        hint = "Choose a place that is a folder, or can become one, and that you may write to."
+        raise InputError(f"cannot write {path}: {cause.strerror} ({cause.filename})", hint) from cause
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; renames it to `path` at the end, or removes it if the body raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    """Gives a path beside `path` to write to; renames it to `path` at the end, or removes it if the body raises.
+
+    Raises `InputError` if nothing can be written there.
+    """
+    with opening(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     beside = Path(name)
     try:

@@ -1,7 +1,7 @@
 """Self-describing model files: safetensors whose metadata holds all that is needed to rebuild and certify the model.
 
 The tensors are the network's state dict, under the names that the field uses, without the normalisation layer. The metadata
-has one key, `rscli`, with the `ModelCard` as JSON; the card holds a digest of the tensors, so that a changed file is noticed.
+has one key, `rscli`, with the `ModelCard` as JSON; the card holds a digest of both, so that a changed file is noticed.
 A file depends on its content alone: the same weights and the same card give the same bytes.
 """
 
@@ -44,7 +44,7 @@ class ModelCard(BaseModel):
     config: dict[str, Any] | None = None
     epochs: int | None = None
     origin: str | None = None
-    tensors_sha256: str = ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Model:
 def save_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
     """Writes the model file atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
-    card = card.model_copy(update={"tensors_sha256": tensors_digest(tensors)})
+    card = card.model_copy(update={"sha256": content_digest(tensors, card.model_dump(mode="json"))})
     # one key: safetensors writes several in an order that changes from run to run
-    metadata = {"rscli": json.dumps(card.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))}
+    metadata = {"rscli": _canonical(card.model_dump(mode="json"))}
     data = save(_unshared(tensors), metadata=metadata)
     with replacing(path) as beside:
         beside.write_bytes(data)
@@ -83,8 +83,11 @@ def load_model(path: Path) -> Model:
         raise InputError(f"there is no model file {path}", "A training run writes model.safetensors into its run folder.")
     tensors, text = _read(path)
     card = _card(path, text)
-    if tensors_digest(tensors) != card.tensors_sha256:
-        raise InputError(f"the weights in {path} are not those that it was written with: the file was changed or damaged")
+    if content_digest(tensors, json.loads(text)) != card.sha256:
+        raise InputError(
+            f"{path} does not hold what it was written with: its weights or its description were changed or damaged",
+            "Copy it again, or train anew.",
+        )
     registry = installed()
     skeleton = {**card.arch, "pretrained": False} if "pretrained" in card.arch else card.arch  # the weights are in the file
     architecture = cast(Architecture, _plugin(registry, "architectures", skeleton, card, path))
@@ -103,14 +106,21 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and bytes of `tensors` (any shapes, on the CPU), in the order of their names."""
-    digest = hashlib.sha256()
+def content_digest(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
+    """SHA-256 over the card (but for the digest in it) and the names, types, shapes and bytes of `tensors`, sorted by name.
+
+    A changed sigma would make wrong certificates as surely as changed weights.
+    """
+    digest = hashlib.sha256(_canonical({**card, "sha256": ""}).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _canonical(card: Mapping[str, Any]) -> str:
+    return json.dumps(card, sort_keys=True, separators=(",", ":"))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:

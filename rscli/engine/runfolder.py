@@ -67,6 +67,8 @@ class RunFolder:
             hint = "Add --resume to go on with it, or choose another folder with --out."
             raise InputError(f"{self.path} holds a training run already", hint)
         self._same(config["config"])
+        for torn in self.path.glob(".*.part"):  # what a kill in the middle of a write left behind
+            torn.unlink(missing_ok=True)
         if not self.checkpoint.exists():
             self._start(config, environment)
             return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rscli.engine.files import write_json, write_text
+from rscli.engine.files import opening, write_json, write_text
 from rscli.engine.parts import part_path, parts_of, union, whole_rows
 from rscli.engine.protocol import agree, protocol_path, read_protocol
 from rscli.engine.rows import HEADER, Row, format_row, parse_row
@@ -41,12 +41,13 @@ class ResultWriter:
     @classmethod
     def create(cls, path: Path, protocol: dict[str, Any]) -> Self:
         """Begins a new file, its protocol first. Raises `InputError` if there is a file at `path` already."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            path.open("xb").close()  # claims the name, so that of two processes only one writes a protocol
-        except FileExistsError as cause:
-            hint = "Go on with it (--resume), or write to another file (--out)."
-            raise InputError(f"the result file {path} exists already", hint) from cause
+        if path.exists():
+            raise _exists(path)
+        with opening(path):
+            try:
+                path.open("xb").close()  # claims the name, so that of two processes only one writes a protocol
+            except FileExistsError as cause:
+                raise _exists(path) from cause
         write_json(protocol_path(path), protocol)
         return cls._begun(path)
 
@@ -81,7 +82,6 @@ class ResultWriter:
         """
         before = read_protocol(path)
         if before is None and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(protocol_path(path), before := protocol)
         notes = agree(path, before, json.loads(json.dumps(protocol)))
         target = part_path(path, part)
@@ -157,3 +157,7 @@ class ResultWriter:
                 f"{self._target} was changed while this run wrote to it: {self._size} bytes were expected, {size} are there",
                 "Another process certifies into the same file. Give each its own --out, then run this one with --resume.",
             )
+
+
+def _exists(path: Path) -> InputError:
+    return InputError(f"the result file {path} exists already", "Go on with it (--resume), or write to another file (--out).")
