@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from rscli.cli.boundary import boundary
 from rscli.cli.import_ import import_
-from rscli.engine.importing import Imported, ImportOptions, fit_tensors, import_checkpoint
+from rscli.engine.fit import fit_tensors
+from rscli.engine.importing import Imported, ImportOptions, import_checkpoint
 from rscli.engine.modelfile import Model, load_model
 from rscli.engine.progress import Silent
 from rscli.errors import ConfigError, InputError, RscliError
