@@ -19,8 +19,9 @@ from rscli.engine.results import read_results
 from rscli.engine.rows import Row
 from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError
+from rscli.report.comparison import Beside
 from rscli.report.groups import grouped
-from rscli.report.published import Beside, with_published
+from rscli.report.published import with_published
 from rscli.report.recipe import Recipe, published_arch, published_method, recipe, setting_differences
 from rscli.report.render import FORMATS, render
 from rscli.report.shelf import SUBSETS, read_shelf, read_subsets, row_images, variance_share

@@ -6,13 +6,9 @@ import csv
 import json
 from dataclasses import asdict
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rscli.report.summary import LEVEL, RHO, Comparison, Difference, Summary
-
-if TYPE_CHECKING:
-    from rscli.report.groups import Group
-    from rscli.report.published import Beside
+from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, Summary
 
 SCHEMA = 1
 """Rises when a column or key is renamed, removed, or changes its meaning."""

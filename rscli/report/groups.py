@@ -5,42 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 from rscli.engine.results import Results
-from rscli.report.summary import Comparison, Summary
+from rscli.report.comparison import Comparison, Group, GroupPoint, Summary
 from rscli.stats import metrics
 
 TRAINING = ("data", "arch", "loss", "attack", "config")
 """What a protocol's `info` tells of the training. Its other entries are about the machine and the order of the work."""
-
-
-@dataclass(frozen=True)
-class GroupPoint:
-    """Certified accuracy at one radius: mean and sample standard deviation over the seeds."""
-
-    radius: float
-    accuracy: float
-    accuracy_sd: float
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs, called `members`, that differ in the training seed alone.
-
-    Figures are means over the seeds; `_sd` is the sample standard deviation (divided by one less than there are seeds). All
-    members are on the same images, so the choice of the images is not in it. `acr` is a `lower_bound` as in a `Summary`.
-    """
-
-    name: str
-    members: tuple[str, ...]
-    seeds: tuple[int, ...]
-    acr: float
-    acr_sd: float
-    lower_bound: bool
-    points: tuple[GroupPoint, ...]
 
 
 def grouped(comparison: Comparison) -> Comparison:

@@ -10,7 +10,7 @@ import numpy as np
 from rscli.engine.files import replacing
 from rscli.engine.results import Results
 from rscli.errors import InputError
-from rscli.report.summary import LEVEL, Comparison
+from rscli.report.comparison import LEVEL, Comparison
 from rscli.report.tables import acr_text
 from rscli.stats import bounds
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from rscli.config.published import PublishedRow
 from rscli.engine.results import Results
 from rscli.report.align import grid
+from rscli.report.comparison import Beside, Comparison, PublishedPoint
 from rscli.report.recipe import Recipe, recipe, setting_differences
 from rscli.report.shelf import Shelf, read_shelf, row_images, variance_share
-from rscli.report.summary import Comparison
 from rscli.stats import metrics
 
 PROTOCOL = {"n0": 100, "n": 100_000, "alpha": 0.001}
@@ -21,49 +21,6 @@ PROTOCOL = {"n0": 100, "n": 100_000, "alpha": 0.001}
 
 FACTOR = 2.0
 """A difference is within the errors up to so many times its standard deviation."""
-
-
-@dataclass(frozen=True)
-class PublishedPoint:
-    """At one radius: the certified accuracy that was published, and ours minus it. Both are on the images of their own."""
-
-    radius: float
-    accuracy: float
-    difference: float
-
-
-@dataclass(frozen=True)
-class Beside:
-    """A result, or the mean of a group, beside the published `row` that is nearest to it.
-
-    `settings` and `protocol` say where ours and theirs differ. Of our `images`, `shared` are among those of the row.
-    `acr` is ours, a `lower_bound` as in a `Summary`; `difference` is ours minus theirs (which the tables cut off after four
-    digits). Two errors are in it, each as a standard deviation:
-
-    - `spread`, over training seeds: the variance of one run, pooled from the seeds on both sides, times 1/(our seeds) +
-      1/(their seeds); None where neither side has two seeds.
-    - `sampling`, of the images: with variance v of an image's radius (0 where it is wrong), a images of ours and b of theirs,
-      c of them shared, its square is v (1/a + 1/b - 2c/ab), as if images were drawn at random; 0 on the same images. None for
-      a single image.
-
-    `margin` = 2 sqrt(spread^2 + sampling^2), of what is known. `within` says whether the difference is at most that; it is
-    None where that cannot be told: under another protocol, or beyond a margin from which an error is missing.
-    """
-
-    name: str
-    row: PublishedRow
-    settings: tuple[str, ...]
-    protocol: tuple[str, ...]
-    images: int
-    shared: int
-    acr: float
-    lower_bound: bool
-    difference: float
-    spread: float | None
-    sampling: float | None
-    margin: float
-    within: bool | None
-    points: tuple[PublishedPoint, ...]
 
 
 def with_published(comparison: Comparison) -> Comparison:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from rscli.report.comparison import Comparison
 from rscli.report.export import to_csv, to_json
-from rscli.report.summary import Comparison
 from rscli.report.tables import Cell, Table, tables, widths
 
 if TYPE_CHECKING:

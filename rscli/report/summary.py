@@ -3,96 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rscli.api import ABSTAIN
 from rscli.engine.results import Results
 from rscli.report.align import align, grid
+from rscli.report.comparison import LEVEL, RHO, Comparison, Difference, Point, Summary
 from rscli.stats import metrics, paired
-
-if TYPE_CHECKING:
-    from rscli.report.groups import Group
-    from rscli.report.published import Beside
-
-LEVEL = 0.95
-"""Confidence of every interval."""
-
-RHO = 0.001
-"""The statement about wrong certificates in a whole table holds with probability 1 - RHO."""
 
 STEP = 0.25
 """Distance of the radii that are shown unless others are asked for: the field's tables have these."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """Certified accuracy at one radius: `count` images are right with at least this radius; its share, and an interval."""
-
-    radius: float
-    count: int
-    accuracy: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The figures of one run. What its file does not tell is None.
-
-    `acr` is a `lower_bound` if the certifier decided given radii only. `largest` is the largest radius certified for a right
-    answer, `seconds` the sum of the times of all images, `may_be_wrong` how many of all certificates may be wrong, at
-    confidence 1 - RHO.
-    """
-
-    name: str
-    path: str
-    images: int
-    sigma: float | None
-    n0: int | None
-    n: int | None
-    alpha: float | None
-    certifier: str | None
-    acr: float
-    lower_bound: bool
-    largest: float
-    points: tuple[Point, ...]
-    abstained: int
-    saturated: int | None
-    samples: int | None
-    seconds: float
-    may_be_wrong: int | None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A run minus the `baseline`, image by image: ACR, and one test a radius (its "first" is the run, "second" the baseline).
-
-    p-values are adjusted over the radii of this pair; several runs against one baseline are not adjusted for each other.
-    """
-
-    name: str
-    baseline: str
-    acr: paired.AcrDifference
-    tests: tuple[paired.RadiusTest, ...]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Everything that a table or a plot shows. `runs` are aligned; `notes` must reach the reader.
-
-    `groups` and `published` are filled by `rscli.report.groups.grouped` and `rscli.report.published.with_published`.
-    """
-
-    radii: tuple[float, ...]
-    runs: tuple[Results, ...]
-    summaries: tuple[Summary, ...]
-    differences: tuple[Difference, ...]
-    notes: tuple[str, ...]
-    groups: tuple[Group, ...] = ()
-    published: tuple[Beside, ...] = ()
 
 
 def compare(

@@ -8,14 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from rscli.report.summary import LEVEL, RHO, Comparison, Difference, Point, Summary
+from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, Point, Summary
 from rscli.stats import metrics, paired
-
-if TYPE_CHECKING:
-    from rscli.report.groups import Group
-    from rscli.report.published import Beside
 
 UNKNOWN = "–"
 _PERCENT = f"{100 * LEVEL:g} %"
