@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
-from rscli.engine.sample import BLOCK, CertifierInquiry, Sampler
+from rscli.engine.sample import BLOCK, SPARE, CertifierInquiry, Sampler
 from rscli.engine.seeds import block_generator, derive
 from rscli.errors import PluginError, RscliError
 from rscli.registry import installed
@@ -123,6 +123,36 @@ def test_batches_have_one_static_shape_and_are_filled_across_images():
     assert len(counting.shapes) <= 64 * 28 // 128 + 3  # the end cannot be full: a look waits for what it asked for
 
 
+class Drawing:
+    """A noise that counts the blocks that are drawn."""
+
+    def __init__(self) -> None:
+        self.gaussian, self.blocks = gaussian(), 0
+
+    def sample(self, shape, **where) -> torch.Tensor:
+        self.blocks += 1
+        return self.gaussian.sample(shape, **where)
+
+
+def test_a_block_whose_samples_are_wanted_bit_by_bit_is_drawn_once():
+    certifier = Looker(n0=7, looks=tuple(range(10, 200, 10)), enough=1000)
+    for images, batch in ((1, 64), (4, 48)):
+        noise = Drawing()
+        sampling = Sampler(model, noise, CLASSES, seed=0, batch=batch, device=CPU)
+        wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(images)]
+        assert len(list(sampling.run(wanted))) == images
+        assert noise.blocks == images * -(-197 // BLOCK)
+
+
+def test_kept_noise_is_bounded_and_gone_in_the_end():
+    certifier = Looker(n0=7, looks=(9, 12, 70), enough=1000)
+    wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(200)]
+    sampling = sampler(256)
+    kept = [len(sampling._spare) for _ in sampling.run(wanted)]
+    assert 0 < max(kept) <= SPARE * 256 // BLOCK
+    assert not sampling._spare
+
+
 class Small:
     """A device that runs out of memory above so many samples."""
 
@@ -175,8 +205,14 @@ def test_stop_draws_nothing_more():
     assert sampling.samples <= 32
 
 
-def test_logits_that_are_not_finite_are_refused():
-    broken = sampler(16, classifier=lambda images: model(images) * float("nan"))
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_one_logit_that_is_not_finite_is_refused(bad):
+    def spoilt(images):
+        logits = model(images)
+        logits[3, 1] = float(bad)
+        return logits
+
+    broken = sampler(16, classifier=spoilt)
     with pytest.raises(RscliError, match="not finite"):
         list(broken.run([CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
 

@@ -171,7 +171,7 @@ class _Run:
             raise Stopped(text, hint, exit_code=self.stop.exit_code)
         samples = self.ranks.add("samples", self.sampler.samples)
         self.writer.close()
-        self.ranks.meet("done")
+        self.ranks.meet("done", self.stop)
         if merge and self.ranks.rank == 0:
             self.writer.finish()
             self.score = Score(self.writer.rows)

@@ -12,6 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from rscli.engine.signals import StopRequest
+from rscli.errors import Stopped
+
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
@@ -30,8 +33,8 @@ class Ranks(Protocol):
     def add(self, name: str, amount: int) -> int:
         """Adds to the counter `name` of all processes, and returns its value."""
 
-    def meet(self, name: str) -> None:
-        """Waits until every process is here; each `name` is good for one meeting."""
+    def meet(self, name: str, stop: StopRequest | None = None) -> None:
+        """Waits until every process is here; each `name` is good for one meeting. Raises `Stopped` if `stop` is requested."""
 
 
 class Alone:
@@ -51,7 +54,7 @@ class Alone:
         self._counters[name] = self._counters.get(name, 0) + amount
         return self._counters[name]
 
-    def meet(self, name: str) -> None:
+    def meet(self, name: str, stop: StopRequest | None = None) -> None:
         """Nobody to wait for."""
 
 
@@ -70,10 +73,13 @@ class Together:
         """Counts in the store."""
         return int(self._store.add(name, amount))
 
-    def meet(self, name: str) -> None:
-        """Arrives, and waits for the others; torchrun ends the wait if one of them has died."""
+    def meet(self, name: str, stop: StopRequest | None = None) -> None:
+        """Arrives, and waits for the others; torchrun ends the wait, by a signal, if one of them has died."""
         self.add(f"meet {name}", 1)
         while self.add(f"meet {name}", 0) < self.world:
+            if stop is not None and stop.requested:
+                hint = "The same command with --resume puts the parts together, or goes on with what is missing."
+                raise Stopped("stopped while waiting for the other processes", hint, exit_code=stop.exit_code)
             time.sleep(POLL_SECONDS)
 
 

@@ -168,6 +168,8 @@ class Sampler:
         self._counts = torch.zeros(slots + 1, classes, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self._sum = torch.zeros((), device=device)
+        self._pattern: list[tuple[int, int]] = []
+        self._starts = self._one
         self._free = deque(range(slots))
         self._active: list[_Active] = []
         self._images: Tensor | None = None
@@ -275,13 +277,22 @@ class Sampler:
 
     def _count(self, logits: Tensor, segments: list[_Segment]) -> None:
         """Adds the predictions to the counts of their images; those of the padding go to the table's last row."""
-        takes = [take for *_, take in segments]
-        used = sum(takes)
-        rows = np.repeat([active.slot for active, *_ in segments] + [len(self._counts) - 1], [*takes, self.batch - used])
-        places = self._sent(torch.from_numpy(rows * self.classes)) + logits.argmax(-1)
+        used = sum(take for *_, take in segments)
+        places = self._rows(segments, used) + logits.argmax(-1)
         self._counts.view(-1).scatter_add_(0, places, self._one.expand_as(places))
         self._sum += logits[:used].sum()  # not finite as soon as one logit is not
         self.samples += used
+
+    def _rows(self, segments: list[_Segment], used: int) -> Tensor:
+        """For each sample of the batch, where its image's row begins in the flat table of counts.
+
+        An image with many samples fills batch after batch: then the answer is that of the batch before.
+        """
+        pattern = [(active.slot, take) for active, _, take in segments] + [(len(self._counts) - 1, self.batch - used)]
+        if pattern != self._pattern:
+            slots, takes = np.array(pattern).T
+            self._pattern, self._starts = pattern, self._sent(torch.from_numpy(np.repeat(slots * self.classes, takes)))
+        return self._starts
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """`tensor` on the device; from pinned memory to CUDA, so that the host does not wait."""

@@ -20,6 +20,10 @@ TRIAL_SECONDS = 0.15
 """The least time for one candidate."""
 
 
+BATCH_SECONDS = 2e-4
+"""What the engine does for a batch besides its samples (assembling, counting); measured on a CPU."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A batch size, a layout, and the forwards' samples a second that a trial measured (None: not tried)."""
@@ -40,7 +44,7 @@ def tune(
 ) -> Choice:
     """The fastest choice for `model` on images `shape` (channel, height, width); what is given is kept.
 
-    Both layouts are tried at one batch size, then other batch sizes in the better layout, growing until they fail or slow down.
+    Both layouts are tried at one batch size, then the other batch sizes in the better layout, until one does not fit.
     """
     sizes = (batch,) if batch else BATCHES.get(device.type, BATCHES["cpu"])
     middle = sizes[len(sizes) // 2 - 1] if len(sizes) > 1 else sizes[0]
@@ -57,7 +61,8 @@ def tune(
 
 
 def _rank(choice: Choice) -> float:
-    return choice.speed or 0.0
+    """Samples a second of the engine: the network's, less the time that is lost around every forward."""
+    return choice.batch / (choice.batch / choice.speed + BATCH_SECONDS) if choice.speed else 0.0
 
 
 def _speed(

@@ -81,7 +81,7 @@ class ResultWriter:
         Raises `InputError` as `resume` does.
         """
         before = read_protocol(path)
-        if before is None and not path.exists():
+        if before is None and not (path.exists() and path.stat().st_size):
             write_json(protocol_path(path), before := protocol)
         notes = agree(path, before, json.loads(json.dumps(protocol)))
         target = part_path(path, part)

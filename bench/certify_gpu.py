@@ -1,0 +1,110 @@
+"""Certification on a GPU: precisions, torch.compile, the reference and the bare network, and that the host never waits.
+
+    python bench/certify_gpu.py                          # LeNet, ResNet-20, ResNet-110; some minutes
+    python bench/certify_gpu.py --networks resnet50 --seconds 5
+
+Without a GPU it runs on the CPU, in the precisions that it has, which shows only that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from certify_throughput import NETWORKS, Case, Way, bare, build_case, measure, ours, profile, ratio, sampler, usual
+
+from rscli.engine.devices import device_name, pick_device
+from rscli.engine.sample import Sampler
+from rscli.engine.tune import Choice, tune
+
+
+def compare(case: Case, *, target: float, rounds: int, compiled: bool) -> dict[str, Any]:
+    """All figures of one network: samples a second, ratios to the reference and to the bare network, and a profile."""
+    precisions = ("fp32", "tf32", "bf16") if case.device.type == "cuda" else ("fp32", "bf16")
+    chosen: dict[str, Choice] = {p: tune(case.model, case.shape, case.device, p) for p in precisions}
+    engines: dict[str, Sampler] = {f"ours {p}": sampler(case, chosen[p], p) for p in precisions}
+    if compiled:
+        engines |= {f"ours {p} compiled": sampler(case, chosen[p], p, compiled=True) for p in precisions}
+    ways: dict[str, Way] = {"usual fp32": usual(case)} | {name: ours(case, engine) for name, engine in engines.items()}
+    ways |= {f"bare {p}": bare(case, chosen[p], p) for p in precisions}
+    speeds = measure(ways, target=target, rounds=rounds)
+    plain = "ours fp32"
+    return {
+        "network": case.name,
+        "batch": {p: choice.batch for p, choice in chosen.items()},
+        "channels_last": {p: choice.channels_last for p, choice in chosen.items()},
+        "samples_per_second": {name: median(values) for name, values in speeds.items()},
+        "over_usual": {name: ratio(speeds, name, "usual fp32") for name in engines},
+        "over_bare": {name: ratio(speeds, name, f"bare {name.split()[1]}") for name in engines},
+        "microseconds_per_sample": profile(engines[plain], ways[plain], max(4096, int(speeds[plain][0] * target))),
+        "host_waits_inside_a_look": waits(case, engines[plain]),
+    }
+
+
+def waits(case: Case, sampling: Sampler) -> str:
+    """Runs with torch's check for synchronisation around every forward; "none", or what waited."""
+    if case.device.type != "cuda":
+        return "not a GPU"
+    vars(sampling)["_forward"] = partial(_watched, sampling._forward)
+    try:
+        ours(case, sampling)(4 * sampling.batch)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        del vars(sampling)["_forward"]
+    return "none"
+
+
+def _watched(forward: Callable[..., None], *arguments: Any) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints the figures of one network."""
+    print(f"\n{found['network']}: batch {found['batch']}, channels_last {found['channels_last']}")
+    for name, speed in found["samples_per_second"].items():
+        over = "".join(f"{found[key][name]:8.2f} x {text}" for key, text in OVER.items() if name in found[key])
+        print(f"  {name:20} {speed:14,.0f} samples/s{over}")
+    parts = ", ".join(f"{part} {value:.3f} us" for part, value in found["microseconds_per_sample"].items())
+    print(f"  a sample (each part waited for): {parts}")
+    print(f"  host waits inside a look: {found['host_waits_inside_a_look']}")
+
+
+OVER = {"over_usual": "the usual way", "over_bare": "the bare network"}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["lenet", "resnet20", "resnet110"])
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    device = pick_device()
+    if not arguments.json:
+        print(f"{device_name(device)}, torch {torch.__version__}")
+        if device.type != "cuda":
+            print("there is no GPU: these figures are of the CPU")
+    found = []
+    for name in arguments.networks:
+        case = build_case(name, device)
+        found.append(compare(case, target=arguments.seconds, rounds=arguments.rounds, compiled=arguments.compile))
+        if not arguments.json:
+            show(found[-1])
+    if arguments.json:
+        print(json.dumps({"device": device_name(device), "networks": found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

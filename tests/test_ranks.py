@@ -1,0 +1,442 @@
+"""Several processes, one result: ranks and shards give the file that one process gives, whatever kills them on the way.
+
+Most tests run ranks as threads of this process that share a counter, as torchrun's do; the slow ones start and kill real
+processes. Files are compared in all columns but the time.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rscli.cli.app import app
+from rscli.config.layers import resolve
+from rscli.engine import certify as certifying
+from rscli.engine.certify import CertifyOptions, SamplingOptions, certify
+from rscli.engine.parts import parts_of
+from rscli.engine.progress import Silent
+from rscli.engine.ranks import Alone, Together, join
+from rscli.engine.results import read_results
+from rscli.engine.train import TrainOptions, train
+from rscli.engine.writer import ResultWriter
+from rscli.errors import InputError
+
+IMAGES = 40
+POSIX = pytest.mark.skipif(
+    os.name != "posix" or shutil.which("pgrep") is None, reason="signals and processes as POSIX has them"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "run"
+    resolved = resolve(preset="digits-gaussian-0.25", sets=["epochs=1", "batch=32", "optimizer.lr=0.05"])
+    return train(resolved, TrainOptions(out=folder, data_dir=folder, device="cpu", workers=0), Silent())
+
+
+def options(model: Path, out: Path, **changes) -> CertifyOptions:
+    certifier = {"name": "cohen", "n": 100, "n0": 20, "alpha": 0.01}
+    made = CertifyOptions(model, out, out.parent, certifier, skip=9, max=IMAGES, sampling=SamplingOptions("cpu", 64))
+    return replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes when nothing disturbs it."""
+    out = tmp_path_factory.mktemp("whole") / "results.tsv"
+    certify(options(model, out), Silent())
+    return out
+
+
+def rows(path: Path) -> list[list[str]]:
+    """The cells of a result file, without the column `time`."""
+    cells = [line.split("\t") for line in path.read_text().splitlines()]
+    where = cells[0].index("time")
+    return [row[:where] + row[where + 1 :] for row in cells]
+
+
+def finished_like(out: Path, whole: Path) -> None:
+    """One file, no parts, the same rows."""
+    assert parts_of(out) == []
+    assert rows(out) == rows(whole)
+
+
+# --- ranks, as threads -------------------------------------------------------------------------------------------------------
+
+
+class Ended(BaseException):
+    """What a process does not survive."""
+
+
+class Counters:
+    """torchrun's key-value store, and torchrun itself: when one rank has died, the others end."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, int] = {}
+        self.lock = threading.Lock()
+        self.dead = False
+
+    def add(self, name: str, amount: int) -> int:
+        with self.lock:
+            if self.dead:
+                raise Ended
+            self.values[name] = self.values.get(name, 0) + amount
+            return self.values[name]
+
+
+def certify_together(chosen: CertifyOptions, world: int, monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
+    """Certifies with `world` ranks, and returns what ended them early."""
+    store, errors, mine = Counters(), [], threading.local()
+    monkeypatch.setattr(certifying, "join", lambda: mine.ranks)
+
+    def work(rank: int) -> None:
+        mine.ranks = Alone() if world == 1 else Together(store, rank, world)
+        try:
+            certify(chosen, Silent())
+        except BaseException as error:
+            store.dead = True
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return errors
+
+
+def test_every_image_goes_to_one_rank_and_counters_are_shared():
+    store = Counters()
+    first, second = (Together(store, rank, 2).hand_out(range(5, 50)) for rank in (0, 1))
+    assert sorted([next(first), next(second), *first, *second]) == list(range(5, 50))
+    assert [Together(store, 0, 2).add("a", 2), Together(store, 1, 2).add("a", 3)] == [2, 5]
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (join().rank, join().world) == (0, 1)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_write_the_file_of_one(model, whole, tmp_path, monkeypatch, world):
+    out = tmp_path / "r.tsv"
+    assert certify_together(options(model, out), world, monkeypatch) == []
+    finished_like(out, whole)
+
+
+def test_more_ranks_than_images(model, whole, tmp_path, monkeypatch):
+    out = tmp_path / "r.tsv"
+    assert certify_together(options(model, out, max=2), 3, monkeypatch) == []
+    assert rows(out) == rows(whole)[:3]
+
+
+def test_ranks_refuse_to_overwrite(model, whole, monkeypatch):
+    before = whole.read_bytes()
+    errors = certify_together(options(model, whole), 2, monkeypatch)
+    assert any(isinstance(error, InputError) and "exists already" in error.message for error in errors)
+    assert whole.read_bytes() == before
+    assert parts_of(whole) == []
+
+
+def test_a_finished_run_stays_as_it_is_when_ranks_resume_it(model, whole, tmp_path, monkeypatch):
+    out = tmp_path / "r.tsv"
+    certify(options(model, out), Silent())
+    before = out.read_bytes()
+    assert certify_together(options(model, out, resume=True), 2, monkeypatch) == []
+    assert out.read_bytes() == before
+    assert parts_of(out) == []
+
+
+# --- killed, in this process -------------------------------------------------------------------------------------------------
+
+
+class TornFile:
+    """A file whose process is killed in the middle of a write, once so many bytes have been written to all such files."""
+
+    def __init__(self, file, left: list[int]) -> None:
+        self.file, self.left = file, left
+
+    def write(self, data: bytes) -> int:
+        room, self.left[0] = self.left[0], self.left[0] - len(data)
+        if room < len(data):
+            self.file.write(data[: max(room, 0)])
+            raise Ended
+        return self.file.write(data)
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+def kill_after(written: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, whoever writes the byte after the first `written` ones to a result file, or a part of one, dies."""
+    begin, left = ResultWriter.__init__, [written]
+
+    def torn(writer: ResultWriter, *arguments) -> None:
+        begin(writer, *arguments)
+        writer._file = TornFile(writer._file, left)
+
+    monkeypatch.setattr(ResultWriter, "__init__", torn)
+
+
+def decided(out: Path) -> set[str]:
+    """The indices of the whole rows of a result and its parts."""
+    files = [path for path in (out, *parts_of(out)) if path.exists()]
+    lines = [line for path in files for line in path.read_text().split("\n")[:-1]]
+    return {line.split("\t")[0] for line in lines} - {"idx"}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_after_one_of_two_ranks_is_killed_any_number_goes_on(model, whole, tmp_path, monkeypatch, world):
+    out = tmp_path / "r.tsv"
+    with monkeypatch.context() as patch:
+        kill_after(whole.stat().st_size // 2, patch)
+        assert len(certify_together(options(model, out), 2, patch)) == 2
+    assert 5 < len(decided(out)) < IMAGES
+    assert len(parts_of(out)) == 2
+    assert certify_together(options(model, out, resume=True), world, monkeypatch) == []
+    finished_like(out, whole)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_killed_while_it_puts_the_parts_together(model, whole, tmp_path, monkeypatch, world):
+    out = tmp_path / "r.tsv"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, **named: (_ for _ in ()).throw(Ended))
+        assert len(certify_together(options(model, out), 2, patch)) >= 1
+    assert len(parts_of(out)) == 2
+    assert certify_together(options(model, out, resume=True), world, monkeypatch) == []
+    finished_like(out, whole)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_killed_before_its_protocol_was_written(model, whole, tmp_path, monkeypatch, world):
+    out = tmp_path / "r.tsv"
+    out.touch()
+    assert certify_together(options(model, out, resume=True), world, monkeypatch) == []
+    finished_like(out, whole)
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_bytes_lose_nothing(model, whole, tmp_path, monkeypatch):
+    """A simulation: the process is not killed, but a write to the result file ends at a random byte, and the run with it.
+
+    That is all that kill -9 can leave behind, as rows are appended unbuffered; the starts of real processes (some of the tests
+    below) would take minutes here. One to three ranks, by lot.
+    """
+    out, source = tmp_path / "r.tsv", random.Random(4)
+    length = {line.split("\t")[0]: len(line) + 1 for line in whole.read_text().splitlines()[1:]}
+    for kills in range(50):
+        missing = sum(length[index] for index in length.keys() - decided(out)) if out.parent.exists() else 0
+        with monkeypatch.context() as patch:
+            kill_after(source.randrange(max(1, min(missing, 3 * missing // (50 - kills)))), patch)
+            world = source.choice((1, 1, 2, 3))
+            assert certify_together(options(model, out, resume=True), world, patch), "it ended before it was killed"
+    assert decided(out) != length.keys()
+    certify_together(options(model, out, resume=True), 1, monkeypatch)
+    finished_like(out, whole)
+
+
+# --- shards ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)], ids=str)
+def test_shards_in_any_order_make_the_same_file(model, whole, tmp_path, order):
+    out = tmp_path / "r.tsv"
+    for number in order:
+        certify(options(model, out, shard=(number, 3)), Silent())
+    assert len(parts_of(out)) == 3
+    assert not out.exists()
+    seen = read_results(out)
+    assert [str(index) for index in seen.idx] == [row[0] for row in rows(whole)[1:]]
+    assert "3 parts" in seen.notes[0]
+    assert read_results(parts_of(out)[0]).idx.tolist() == seen.idx.tolist()
+    shown = CliRunner().invoke(app, ["compare", str(out), str(whole), "--format", "csv"])
+    assert shown.exit_code == 0, shown.output
+
+    tally = certify(options(model, out, resume=True), Silent())
+    assert tally.samples == 0
+    assert tally.images == IMAGES
+    finished_like(out, whole)
+
+
+def test_a_shard_that_is_missing_is_done_by_whoever_puts_them_together(model, whole, tmp_path, monkeypatch):
+    out = tmp_path / "r.tsv"
+    certify(options(model, out, shard=(2, 3)), Silent())
+    assert certify_together(options(model, out, resume=True), 2, monkeypatch) == []
+    finished_like(out, whole)
+
+
+def test_a_shard_is_resumed_and_may_have_ranks_of_its_own(model, whole, tmp_path, monkeypatch):
+    out = tmp_path / "r.tsv"
+    with monkeypatch.context() as patch:
+        kill_after(400, patch)
+        certify_together(options(model, out, shard=(1, 2)), 2, patch)
+    with pytest.raises(InputError, match="exists already"):
+        certify(options(model, out, shard=(1, 2)), Silent())
+    certify(options(model, out, shard=(1, 2), resume=True), Silent())
+    certify(options(model, out, shard=(2, 2)), Silent())
+    assert len(decided(out)) == IMAGES
+    certify(options(model, out, resume=True), Silent())
+    finished_like(out, whole)
+
+
+def test_a_shard_of_another_protocol_is_refused(model, tmp_path):
+    out = tmp_path / "r.tsv"
+    certify(options(model, out, shard=(1, 2)), Silent())
+    other = {"name": "cohen", "n": 101, "n0": 20, "alpha": 0.01}
+    with pytest.raises(InputError, match="n was 100, is now 101"):
+        certify(options(model, out, shard=(2, 2), certifier=other), Silent())
+    assert len(parts_of(out)) == 1
+
+
+def test_a_shard_beside_another_with_a_longer_number_begins(model, tmp_path):
+    out = tmp_path / "r.tsv"
+    certify(options(model, out, shard=(1, 30)), Silent())
+    certify(options(model, out, shard=(1, 3)), Silent())
+    assert len(parts_of(out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("shard", "said"),
+    [
+        ("4/3", "--shard is 4/3, but must be from 1/3 to 3/3"),
+        ("0/3", "--shard is 0/3, but must be from 1/3 to 3/3"),
+        ("x", "--shard is 'x', but must be K/N"),
+        ("1/", "--shard is '1/', but must be K/N"),
+        ("-1/3", "--shard is '-1/3', but must be K/N"),
+        ("5/5", "--shard 5/5 has no image to certify"),
+    ],
+)
+def test_shards_that_cannot_be_are_refused(model, tmp_path, shard, said):
+    out = tmp_path / "r.tsv"
+    done = CliRunner().invoke(app, ["certify", str(model), "--out", str(out), "--max", "4", f"--shard={shard}", "--n", "100"])
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- real processes, really killed -------------------------------------------------------------------------------------------
+
+PATIENCE = 90.0
+LONG = {"certifier": {"name": "cohen", "n": 2000, "n0": 50, "alpha": 0.01}}
+CERTIFY = [
+    "--n",
+    "2000",
+    "--n0",
+    "50",
+    "--alpha",
+    "0.01",
+    "--skip",
+    "9",
+    "--max",
+    str(IMAGES),
+    "--batch",
+    "64",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def long(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `whole`, of the run that real processes do."""
+    out = tmp_path_factory.mktemp("long") / "results.tsv"
+    certify(options(model, out, **LONG), Silent())
+    return out
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=folder
+    )
+
+
+def ranks(world: int) -> list[str]:
+    return ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m", "--", "rscli"]
+
+
+@pytest.fixture
+def ends() -> Iterator[Callable[[subprocess.Popen[str]], str]]:
+    """Waits for processes and says what they said; in any case they are gone when the test is over."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def end(process: subprocess.Popen[str]) -> str:
+        begun.append(process)
+        return process.communicate(timeout=PATIENCE)[1]
+
+    end.begun = begun
+    yield end
+    for process in begun:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not ready() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    assert process.poll() is None, f"it ended before it could be killed:\n{process.communicate()[1]}"
+
+
+@POSIX
+@pytest.mark.slow
+def test_five_real_kills_lose_nothing(model, long, tmp_path, ends):
+    out, source = tmp_path / "r.tsv", random.Random(1)
+    for _ in range(5):
+        process = start(tmp_path, "rscli", "certify", str(model), *CERTIFY, "--out", str(out), "--resume", "--quiet")
+        ends.begun.append(process)
+        aim = len(decided(out)) + source.randrange(1, 6)
+        wait_for(lambda: len(decided(out)) >= aim, process)  # noqa: B023
+        time.sleep(source.random() * 0.02)
+        process.kill()
+        ends(process)
+        assert process.returncode == -signal.SIGKILL
+    assert len(decided(out)) < IMAGES
+    certify(options(model, out, resume=True, **LONG), Silent())
+    finished_like(out, long)
+
+
+@POSIX
+@pytest.mark.slow
+def test_torchrun_writes_the_file_of_one_process_though_a_rank_was_killed(model, long, tmp_path, ends):
+    out = tmp_path / "r.tsv"
+    run = [*ranks(2), "certify", str(model), *CERTIFY, "--out", str(out)]
+    process = start(tmp_path, *run)
+    ends.begun.append(process)
+    wait_for(lambda: len(decided(out)) >= 8, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], stdout=subprocess.PIPE, text=True).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    ends(process)
+    assert process.returncode != 0
+    assert len(parts_of(out)) == 2
+    assert 8 <= len(decided(out)) < IMAGES
+
+    process = start(tmp_path, *run, "--resume")
+    said = ends(process)
+    assert process.returncode == 0, said
+    finished_like(out, long)

@@ -1,0 +1,298 @@
+"""What sampling costs: the trial that chooses batch and layout, the preview of a long run, memory, and waits for a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rscli.api import Question
+from rscli.config.layers import resolve
+from rscli.engine import certify as certifying
+from rscli.engine import sampling, tune
+from rscli.engine.certify import CertifyOptions, SamplingOptions, certify
+from rscli.engine.preview import cost
+from rscli.engine.progress import Silent
+from rscli.engine.protocol import protocol_path
+from rscli.engine.sample import BLOCK, CertifierInquiry, Sampler
+from rscli.engine.seeds import block_generator
+from rscli.engine.train import TrainOptions, train
+from rscli.engine.tune import Choice
+from rscli.registry import installed
+
+CPU = torch.device("cpu")
+SHAPE = (2, 4, 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- the trial ---------------------------------------------------------------------------------------------------------------
+
+
+class Priced(nn.Module):
+    """A network whose forwards take known times, on a clock of its own; larger batches than `most` do not fit."""
+
+    def __init__(self, price, most: int = 10**9) -> None:
+        super().__init__()
+        self.price, self.most, self.now, self.tried = price, most, 0.0, []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("pretended")
+        layout = images.is_contiguous(memory_format=torch.channels_last)
+        self.tried.append((len(images), layout))
+        self.now += self.price(len(images), layout)
+        return torch.zeros(len(images), 3)
+
+    def tuned(self, monkeypatch, **kept) -> Choice:
+        monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        return tune.tune(self, SHAPE, CPU, "fp32", **kept)
+
+
+def a_batch_costs(fixed: float, channels_last: float, contiguous: float):
+    """Seconds a forward: so much for any, and so much a sample."""
+    return lambda batch, layout: fixed + batch * (channels_last if layout else contiguous)
+
+
+PRICES = {
+    "channels-last-and-large": (a_batch_costs(0.01, 1e-5, 2e-5), 10**9, Choice(512, True, 512 / (0.01 + 512e-5))),
+    "contiguous-and-large": (a_batch_costs(0.01, 2e-5, 1e-5), 10**9, Choice(512, False, 512 / (0.01 + 512e-5))),
+    "small": (lambda batch, layout: 1e-6 * batch**2 * (1 if layout else 2), 10**9, Choice(64, True, 1e6 / 64)),
+    "larger-do-not-fit": (a_batch_costs(0.01, 1e-5, 2e-5), 300, Choice(256, True, 256 / (0.01 + 256e-5))),
+    "only-the-smallest-fits": (a_batch_costs(0.01, 1e-5, 2e-5), 64, Choice(64, True, 64 / (0.01 + 64e-5))),
+}
+
+
+@pytest.mark.parametrize(("price", "most", "wanted"), PRICES.values(), ids=PRICES)
+def test_the_fastest_that_fits_is_chosen(price, most, wanted, monkeypatch):
+    chosen = Priced(price, most).tuned(monkeypatch)
+    assert (chosen.batch, chosen.channels_last) == (wanted.batch, wanted.channels_last)
+    assert chosen.speed == pytest.approx(wanted.speed)
+
+
+def test_nothing_that_fits_is_no_measurement(monkeypatch):
+    assert Priced(lambda batch, layout: 1.0, most=1).tuned(monkeypatch).speed is None
+
+
+@pytest.mark.parametrize(
+    ("kept", "tried"),
+    [
+        ({"batch": 100}, {(100, True), (100, False)}),
+        ({"channels_last": False}, {(size, False) for size in tune.BATCHES["cpu"]}),
+        ({"batch": 7, "channels_last": True}, {(7, True)}),
+    ],
+    ids=["batch", "layout", "both"],
+)
+def test_what_is_given_is_kept(kept, tried, monkeypatch):
+    network = Priced(a_batch_costs(0.1, 1e-5, 2e-5))
+    network.tuned(monkeypatch, **kept)
+    assert set(network.tried) == tried
+
+
+# --- in a run ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "run"
+    resolved = resolve(preset="digits-gaussian-0.25", sets=["epochs=1", "batch=32", "optimizer.lr=0.05"])
+    return train(resolved, TrainOptions(out=folder, data_dir=folder, device="cpu", workers=0), Silent())
+
+
+class Listening(Silent):
+    """Keeps what the user would read."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def options(model: Path, out: Path, **changes) -> CertifyOptions:
+    certifier = {"name": "cohen", "n": 200, "n0": 20, "alpha": 0.01}
+    made = CertifyOptions(model, out, out.parent, certifier, skip=30, max=6, sampling=SamplingOptions(device="cpu"))
+    return replace(made, **changes)
+
+
+def sampled_with(out: Path) -> tuple[int, bool]:
+    info = json.loads(protocol_path(out).read_text())["info"]
+    return info["batch"], info["channels_last"]
+
+
+@pytest.fixture
+def trials(monkeypatch) -> list[Choice]:
+    """Every run is long; a trial always finds batch 96, contiguous. The choices that were made."""
+    made: list[Choice] = []
+
+    def found(*arguments, **named) -> Choice:
+        made.append(Choice(96, False, 1e6))
+        return made[-1]
+
+    monkeypatch.setattr(sampling, "tune", found)
+    monkeypatch.setattr(certifying, "LONG_RUN", 1)
+    return made
+
+
+def test_a_long_run_begins_with_a_trial_and_a_short_one_does_not(model, tmp_path, trials, monkeypatch):
+    certify(options(model, tmp_path / "long.tsv"), Silent())
+    assert sampled_with(tmp_path / "long.tsv") == (96, False)
+    monkeypatch.setattr(certifying, "LONG_RUN", 10**9)
+    certify(options(model, tmp_path / "short.tsv"), Silent())
+    assert sampled_with(tmp_path / "short.tsv") == (sampling.BATCH, True)
+    assert len(trials) == 1
+
+
+def test_a_resumed_run_goes_on_with_the_batch_and_layout_of_its_beginning(model, tmp_path, trials):
+    out, heard = tmp_path / "r.tsv", Listening()
+    certify(options(model, out, max=3), Silent())
+    certify(options(model, out, resume=True), heard)
+    assert len(trials) == 1
+    assert sampled_with(out) == (96, False)
+    assert not [text for text in heard.notes if "batch was" in text]
+
+
+def test_flags_decide_without_a_trial(model, tmp_path, trials):
+    out, chosen = tmp_path / "r.tsv", SamplingOptions(device="cpu", batch=32, channels_last=True)
+    certify(options(model, out, sampling=chosen), Silent())
+    certify(options(model, tmp_path / "s.tsv", sampling=SamplingOptions(device="cpu", autotune=False)), Silent())
+    assert trials == []
+    assert sampled_with(out) == (32, True)
+
+
+def test_the_preview_says_what_the_run_and_the_sequential_certifier_would_take(model, tmp_path, trials):
+    heard = Listening()
+    tally = certify(options(model, tmp_path / "r.tsv"), heard)
+    trial, price, instead = heard.notes
+    assert trial == "trial: batch 96, contiguous: the network alone does 1,000,000 samples/s"
+    assert price == "6 images, at most 1,320 samples: about 0:00:00 at that speed"
+    assert instead.startswith("--certifier sequential would decide the radii 0 to 0.25 with about ")
+    mean = float(instead.split("about ")[1].split(" samples")[0].replace(",", ""))
+    assert 20 + 50 <= mean <= 20 + 200  # selection, and looks from 50 to n
+    assert f"{220 / mean:.1f}"[:2] in instead
+    assert tally.samples == 1320  # the pilot is not counted
+
+
+def test_the_pilot_of_the_preview_changes_no_row(model, tmp_path, trials, monkeypatch):
+    certify(options(model, tmp_path / "a.tsv"), Silent())
+    certify(options(model, tmp_path / "b.tsv", sampling=SamplingOptions("cpu", 96, channels_last=False)), Silent())
+    assert len(trials) == 1
+    assert without_time(tmp_path / "a.tsv") == without_time(tmp_path / "b.tsv")
+
+
+def without_time(path: Path) -> list[list[str]]:
+    return [line.split("\t")[:5] + line.split("\t")[6:] for line in path.read_text().splitlines()]
+
+
+def test_hours_are_shown_as_hours():
+    certifier = installed().build("certifiers", {"name": "cohen", "n": 100_000, "n0": 100})
+    assert "about 13:54:10 " in cost(certifier, 10_000, 20_000)  # 1.001e9 samples in 50,050 s
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------------
+
+PEAKS = """
+import resource, sys
+import torch
+from rscli.api import Question
+from rscli.engine.sample import CertifierInquiry, Sampler
+from rscli.registry import installed
+
+torch.set_num_threads(1)
+noise = installed().build("noises", {"name": "gaussian", "sigma": 0.5})
+sampler = Sampler(lambda x: x[:, 0, 0, :3], noise, 3, seed=0, batch=256, device=torch.device("cpu"))
+for n in (10_000, 1_000_000):
+    certifier = installed().build("certifiers", {"name": sys.argv[1], "n": n})
+    question = Question(3, (0.5, 0.9) if certifier.grid else ())
+    wanted = (CertifierInquiry(certifier, question, key, lambda: torch.full((1, 4, 4), 0.5)) for key in range(2))
+    assert len(list(sampler.run(wanted))) == 2
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="resource usage as POSIX has it")
+@pytest.mark.parametrize("certifier", ["cohen", "sequential"])
+def test_peak_memory_does_not_grow_with_n(certifier, tmp_path):
+    """In one process, the peak after n = 10^4, and after n = 10^6 as well; most of either is torch itself."""
+    command = [sys.executable, "-c", PEAKS, certifier]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path)
+    small, large = map(int, done.stdout.split())
+    assert large <= 1.1 * small
+    megabyte = 1024 if sys.platform == "linux" else 1024**2
+    assert large - small < 4 * megabyte, "the predictions of a million samples would be larger"
+
+
+# --- a GPU -------------------------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)).eval()
+
+
+def image(key: int) -> torch.Tensor:
+    return torch.rand(SHAPE, generator=torch.Generator().manual_seed(key))
+
+
+def on_gpu(classifier, batch: int = 512) -> Sampler:
+    gaussian = installed().build("noises", {"name": "gaussian", "sigma": 0.5})
+    return Sampler(classifier, gaussian, 3, seed=0, batch=batch, device=torch.device("cuda"))
+
+
+def counts_of(sampler: Sampler) -> dict[int, list[int]]:
+    certifier = installed().build("certifiers", {"name": "cohen", "n": 2000, "n0": 100})
+    wanted = [CertifierInquiry(certifier, Question(3), key, lambda key=key: image(key)) for key in range(5)]
+    return {inquiry.key: inquiry.counts.tolist() for inquiry in sampler.run(wanted)}
+
+
+@pytest.mark.gpu
+def test_counts_on_a_gpu_are_those_of_plain_counting():
+    device = torch.device("cuda")
+    model = network().to(device, memory_format=torch.channels_last)
+    for key, counts in counts_of(on_gpu(model)).items():
+        blocks = [torch.randn((BLOCK, *SHAPE), generator=block_generator(device, 0, key, b), device=device) for b in range(33)]
+        with torch.inference_mode():
+            votes = model(torch.cat(blocks) * 0.5 + image(key).to(device)).argmax(-1).cpu().numpy()
+        plain = np.bincount(votes[100:2100], minlength=3)
+        assert np.abs(plain - counts).sum() <= 4  # last bits of other batches
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits_for_a_gpu_inside_a_look(monkeypatch):
+    forward = Sampler._forward
+
+    def watched(sampler, segments):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            forward(sampler, segments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    sampler = on_gpu(network().to("cuda", memory_format=torch.channels_last))
+    plain = counts_of(sampler)
+    monkeypatch.setattr(Sampler, "_forward", watched)
+    assert counts_of(sampler) == plain
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_compiled_counts_on_a_gpu_differ_by_ties_at_most():
+    model = network().to("cuda", memory_format=torch.channels_last)
+    plain = counts_of(on_gpu(model))
+    compiled = counts_of(on_gpu(torch.compile(model, mode="reduce-overhead", dynamic=False)))
+    assert all(np.abs(np.subtract(plain[key], compiled[key])).sum() <= 4 for key in plain)
