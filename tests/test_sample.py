@@ -277,3 +277,17 @@ def test_the_cpu_uses_the_low_32_bits_of_a_seed_only():
     """Why blocks are stepped and not hashed; if this fails, torch has mended it."""
     draw = [torch.rand(4, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5 + 2**32)]
     assert torch.equal(*draw)
+
+
+def test_out_of_memory_while_counting_counts_nothing_twice(monkeypatch):
+    """The last allocation of a batch fails once; the batch is repeated in halves."""
+    calls = iter([False, True] + [False] * 1000)
+    true_sum = torch.Tensor.sum
+
+    def failing(tensor, *args, **kwargs):
+        if tensor.shape[-1:] == (CLASSES,) and next(calls):
+            raise torch.OutOfMemoryError("pretended")
+        return true_sum(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "sum", failing)
+    assert run(64, range(5)) == {key: brute_force(key, Looker(n0=7)) for key in range(5)}

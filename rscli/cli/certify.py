@@ -14,8 +14,8 @@ from rscli.cli import options as opt
 
 def certify(
     model: Annotated[Path, typer.Argument(help="A model file (model.safetensors), or its run folder.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Samples an image.")] = 100_000,
-    n0: Annotated[int, typer.Option("--n0", min=1, help="Selection samples an image.")] = 100,
+    n: Annotated[int, typer.Option("--n", min=1, max=10**12, help="Samples an image.")] = 100_000,
+    n0: Annotated[int, typer.Option("--n0", min=1, max=10**12, help="Selection samples an image.")] = 100,
     alpha: Annotated[float, typer.Option("--alpha", help="Probability that a certificate is wrong, at most.")] = 0.001,
     certifier: Annotated[str, typer.Option("--certifier", help="See `rscli plugins`.")] = "cohen",
     radii: Annotated[
@@ -35,12 +35,14 @@ def certify(
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Result file.  [default: results.tsv beside the model]")] = None,
     resume: opt.Resume = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
     data_dir: opt.DataDir = opt.DATA_DIR,
     sets: opt.Sets = None,
     download: opt.Download = False,
     device: opt.Device = "auto",
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Samples a forward.  [default: tried, or 256]")] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, max=10**6, help="Samples a forward.  [default: tried, or 256]")
+    ] = None,
     precision: opt.Precision = "fp32",
     channels_last: Annotated[
         bool | None, typer.Option("--channels-last/--contiguous", help="Memory layout.  [default: tried, or channels-last]")
@@ -78,7 +80,7 @@ def certify(
 
     path = model_path(model)
     settings = _settings(sets or [])
-    progress = listener(quiet or int(os.environ.get("RANK", "0")) > 0)
+    progress = listener(quiet or os.environ.get("RANK", "0") != "0")
     tally = run(
         CertifyOptions(
             model=path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from rscli.api import Certifier, Dataset, Question, fields_of
 from rscli.engine.data import Split, open_split
 from rscli.engine.devices import environment
 from rscli.engine.modelfile import Model, load_model
-from rscli.engine.parts import part_path, parts_of
+from rscli.engine.parts import part_path, parts_of, union
 from rscli.engine.preview import alternative, cost
 from rscli.engine.progress import Progress
 from rscli.engine.protocol import read_protocol
@@ -29,7 +30,7 @@ from rscli.engine.sampling import SamplingOptions
 from rscli.engine.score import Score, Tally
 from rscli.engine.signals import StopRequest, stop_requests
 from rscli.engine.writer import ResultWriter
-from rscli.errors import ConfigError, InputError, Stopped
+from rscli.errors import ConfigError, InputError, RscliError, Stopped
 from rscli.registry import installed
 
 LONG_RUN = 1_000_000
@@ -69,10 +70,17 @@ def build_certifier(section: dict[str, Any]) -> Certifier:
     """The certifier of `section` ("name" and fields). Raises `ConfigError` naming each field that does not fit."""
     name = section["name"]
     try:
-        return cast(Certifier, installed().build("certifiers", section))
+        certifier = cast(Certifier, installed().build("certifiers", section))
     except ValidationError as cause:
         problems = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in cause.errors()]
         raise ConfigError(problems, f"`rscli plugins info certifiers {name}` shows the fields.") from cause
+    if certifier.alpha ** (1 / certifier.n) < 0.5:
+        least = math.ceil(math.log(certifier.alpha) / math.log(0.5))
+        raise InputError(
+            f"--n is {certifier.n}, but at alpha {certifier.alpha:g} not even a unanimous vote of so few certifies anything",
+            f"Use --n {least} or more.",
+        )
+    return certifier
 
 
 def certify(options: CertifyOptions, progress: Progress) -> Tally:
@@ -81,6 +89,11 @@ def certify(options: CertifyOptions, progress: Progress) -> Tally:
     Raises `InputError` for a model, data, options or a result file that do not fit, and `Stopped` when asked to stop (all
     decided images are saved).
     """
+    with stop_requests() as stop:
+        return _certify(options, progress, stop)
+
+
+def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest) -> Tally:
     ranks = join()
     if ranks.rank == 0 and not options.resume:
         _refuse_to_overwrite(options)
@@ -90,7 +103,7 @@ def certify(options: CertifyOptions, progress: Progress) -> Tally:
     split = _open(model, options)
     wanted = _wanted(options, len(split))
     sampler, protocol = _prepare(model, certifier, split, options, ranks, progress, wanted)
-    with _begin(options, protocol, ranks) as writer, stop_requests() as stop:
+    with _begin(options, protocol, ranks) as writer:
         for text in writer.notes:
             progress.warn(text)
         run = _Run(_Images(model, certifier, split, options), sampler, writer, ranks, progress, stop)
@@ -173,6 +186,10 @@ class _Run:
         self.writer.close()
         self.ranks.meet("done", self.stop)
         if merge and self.ranks.rank == 0:
+            missing = set(wanted) - {row.idx for row in union(self.writer.path, self.writer.rows)}
+            if missing:
+                hint = "All processes must write to one folder: use an --out that they share, then --resume."
+                raise RscliError(f"{len(missing)} images are in no part beside {self.writer.path}", hint)
             self.writer.finish()
             self.score = Score(self.writer.rows)
             samples = self.ranks.add("samples", 0)

@@ -254,8 +254,10 @@ class _Reader(torch_data.Dataset[Tensor | InputError]):
 
 
 def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    # Ctrl-C reaches every process of the group; the parent may want to finish its step, and ends its workers itself.
+    # Ctrl-C, and the SIGTERM of many schedulers, reach every process of the group; the parent may want to finish its step,
+    # and ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _path(paths: NDArray[np.bytes_], index: int) -> Path:

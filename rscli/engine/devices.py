@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
@@ -18,13 +19,21 @@ PACKAGES = ("rscli", "torch", "torchvision", "timm", "numpy", "scipy", "pydantic
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; `auto` is CUDA if there is one, then Apple's MPS, then the CPU.
 
+    `cuda` is the GPU that torchrun gave this process (LOCAL_RANK), or the first. It becomes the current device too: events,
+    pinned memory and CUDA graphs belong to that one.
+
     Raises `InputError` if torch does not know it or cannot reach it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available():
+            own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            device = torch.device("cuda", own if device.index is None else device.index)
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
+        torch.Generator(device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as cause:
         reason = str(cause).strip().splitlines()[0]
         raise InputError(

@@ -30,6 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises `InputError` if nothing can be written there.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, not a file to write to", "Name a file.")
     with opening(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)

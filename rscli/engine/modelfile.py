@@ -147,7 +147,9 @@ def _card(path: Path, text: str) -> ModelCard:
             raise InputError(f"{path} has format {raw['format']}, this rscli reads up to {FORMAT}", "Update rscli.")
         return ModelCard.model_validate(raw)
     except (ValidationError, ValueError) as cause:
-        first = str(cause).splitlines()[0]
+        first = str(cause)
+        if isinstance(cause, ValidationError):
+            first = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in cause.errors())
         raise InputError(
             f"the description inside {path} is broken ({first})", "The file was changed; copy it again."
         ) from cause

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from glob import escape as glob_escape
 from pathlib import Path
 
 from rscli.engine.rows import HEADER, Row, broken, parse_row
 from rscli.errors import InputError
+
+_PART = re.compile(r"\.part-(shard|rank)-[\w-]+$")
 
 
 def part_path(path: Path, part: str) -> Path:
@@ -21,7 +24,7 @@ def parts_of(path: Path) -> list[Path]:
 
 def result_of(path: Path) -> Path:
     """The result that `path` is, or is a part of."""
-    return path.with_name(path.name.partition(".part-")[0])
+    return path.with_name(_PART.sub("", path.name))
 
 
 def union(path: Path, rows: list[Row]) -> list[Row]:

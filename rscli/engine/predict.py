@@ -88,8 +88,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found += sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
-        elif path.exists():
+        elif path.is_file():
             found.append(path)
+        elif path.exists():
+            raise InputError(f"{path} is neither a file nor a folder")
         else:
             raise InputError(f"there is no image or folder {path}")
     if not found:

@@ -25,6 +25,9 @@ def read_protocol(path: Path) -> dict[str, Any] | None:
     protocol = read_json(beside, "protocol file")
     if not isinstance(protocol, dict) or not isinstance(protocol.get("format"), int):
         raise InputError(f"{beside} is not the protocol of a result file: it has no format number")
+    broken = [name for name in ("info", "certifier", "noise") if not isinstance(protocol.get(name, {}), dict)]
+    if broken:
+        raise InputError(f"{beside} is broken: {broken[0]} must be an object", "Put the protocol file back as it was written.")
     if protocol["format"] > FORMAT:
         raise InputError(f"{beside} has format {protocol['format']}, this rscli reads up to {FORMAT}", "Update rscli.")
     return protocol

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from rscli.engine.signals import StopRequest
-from rscli.errors import Stopped
+from rscli.errors import InputError, Stopped
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -85,7 +85,14 @@ class Together:
 
 def join() -> Ranks:
     """The processes that torchrun started (it says so in WORLD_SIZE and RANK), or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    try:
+        world, _ = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if world > 1:
+            _ = (os.environ["RANK"], os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    except (KeyError, ValueError) as cause:
+        hint = "Start it with torchrun, which sets all of them, or unset WORLD_SIZE."
+        raise InputError(f"WORLD_SIZE is set, but the environment is not torchrun's: {cause}", hint) from cause
+    if world == 1:
         return Alone()
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -61,10 +62,13 @@ class RunFolder:
         if not self.config.exists():
             if self.path.is_file():
                 raise InputError(f"{self.path} is a file, not a folder for a run", "Choose another --out.")
+            if self.model.exists():
+                hint = "Choose another --out."
+                raise InputError(f"{self.model} is there already, and no run in this folder wrote it", hint)
             self._start(config, environment)
             return None
         if not resume:
-            hint = "Add --resume to go on with it, or choose another folder with --out."
+            hint = "Add --resume to go on with it, choose another folder with --out, or remove this one."
             raise InputError(f"{self.path} holds a training run already", hint)
         self._same(config["config"])
         for torn in self.path.glob(".*.part"):  # what a kill in the middle of a write left behind
@@ -88,8 +92,11 @@ class RunFolder:
             state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as cause:  # torch raises many kinds for a broken file
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            if isinstance(cause, UnpicklingError):  # torch would advise to load it all the same
+                reason = "it is damaged, or holds more than tensors and plain values"
             raise InputError(f"the checkpoint {self.checkpoint} cannot be read: {reason}", hint) from cause
-        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        needed = {"epoch", "batch", "model", "optimizer", "meter"}
+        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT or not needed <= set(state):
             raise InputError(f"{self.checkpoint} is not a checkpoint of this version of rscli", hint)
         return state
 
@@ -101,11 +108,12 @@ class RunFolder:
     def _start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
         write_json(self.path / "environment.json", environment)
         write_text(self.metrics, "")
-        self.model.unlink(missing_ok=True)
         write_json(self.config, config)  # last: its presence says that there is a run
 
     def _same(self, config: dict[str, Any]) -> None:
         before = read_json(self.config, "configuration of the run")
+        if not isinstance(before, dict):
+            raise InputError(f"{self.config} is not the configuration of a run", "Choose another --out.")
         differences = [
             f"  {key}: {old!r} in {self.path}, {new!r} now" for key, old, new in _differences(before.get("config", {}), config)
         ]

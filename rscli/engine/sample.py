@@ -279,8 +279,10 @@ class Sampler:
         """Adds the predictions to the counts of their images; those of the padding go to the table's last row."""
         used = sum(take for *_, take in segments)
         places = self._rows(segments, used) + logits.argmax(-1)
-        self._counts.view(-1).scatter_add_(0, places, self._one.expand_as(places))
-        self._sum += logits[:used].sum()  # not finite as soon as one logit is not
+        total = logits[:used].sum()  # not finite as soon as one logit is not
+        ones = self._one.expand_as(places)
+        self._counts.view(-1).scatter_add_(0, places, ones)  # nothing after this may fail: the samples count once
+        self._sum += total
         self.samples += used
 
     def _rows(self, segments: list[_Segment], used: int) -> Tensor:
@@ -308,7 +310,7 @@ class Sampler:
             return table.cpu(), None
         host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True).copy_(table, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return host, event
 
     def _look(self, ready: list[_Active], table: Tensor, event: torch.cuda.Event | None) -> list[Inquiry]:

@@ -6,6 +6,7 @@ stopped between two batches continues exactly where it was.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from rscli.engine.progress import Progress
 from rscli.engine.runfolder import RunFolder
 from rscli.engine.seeds import derive, generator
 from rscli.engine.signals import StopRequest, stop_requests
-from rscli.errors import PluginError, Stopped
+from rscli.errors import InputError, PluginError, Stopped
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,32 @@ def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path
     Raises `InputError` for data or a run folder that do not fit, `Stopped` when asked to stop (the state is saved), and
     `RscliError` when the loss is no longer finite.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        hint = "Start it without torchrun. Certification is what torchrun can share between processes."
+        raise InputError("rscli train runs in one process", hint)
+    with stop_requests() as stop:
+        model = _train(resolved, options, progress, stop)
+    if stop.requested:
+        raise Stopped(f"stopped as asked, when {model} was just finished", exit_code=stop.exit_code)
+    return model
+
+
+def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: StopRequest) -> Path:
     device = pick_device(options.device)
     spec = resolved.dataset.spec(options.data_dir)
     split = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)
+    trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
     folder = RunFolder(options.out)
     record = {"config": resolved.as_dict(), "sources": resolved.sources}
     state = folder.begin(record, environment(device), resume=options.resume)
     if state is not None and folder.model.exists() and state["epoch"] >= resolved.config.epochs:
         progress.note(f"{folder.model} is finished already")
         return folder.model
-    trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
     if state is not None:
         trainer.restore(state)
         progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
-    with stop_requests() as stop:
-        _run(trainer, folder, progress, stop)
-        save_model(folder.model, trainer.classifier, model_card(resolved, spec))
-    if stop.requested:
-        raise Stopped(f"stopped as asked, when {folder.model} was just finished", exit_code=stop.exit_code)
+    _run(trainer, folder, progress, stop)
+    save_model(folder.model, trainer.classifier, model_card(resolved, spec))
     return folder.model
 
 
@@ -243,7 +252,7 @@ def _run(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopRequ
         while trainer.epoch < trainer.config.epochs:
             began, first = time.monotonic(), trainer.meter.images
             for _ in trainer.epoch_batches():
-                speed = (trainer.meter.images - first) / (time.monotonic() - began)
+                speed = (trainer.meter.images - first) / max(time.monotonic() - began, 1e-9)
                 done = trainer.epoch * trainer.batches + trainer.batch
                 progress.update(done, {"epoch": str(trainer.epoch + 1), **trainer.meter.figures(), "images/s": f"{speed:.0f}"})
                 if stop.requested and trainer.batch < trainer.batches:

@@ -82,7 +82,8 @@ class ResultWriter:
         """
         before = read_protocol(path)
         if before is None and not (path.exists() and path.stat().st_size):
-            write_json(protocol_path(path), before := protocol)
+            write_json(protocol_path(path), protocol)
+            before = read_protocol(path)  # another process may have written its own at the same moment
         notes = agree(path, before, json.loads(json.dumps(protocol)))
         target = part_path(path, part)
         target.touch()
