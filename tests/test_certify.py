@@ -415,3 +415,12 @@ def test_a_field_that_the_certifier_lacks_is_named(model, tmp_path):
     wrong = replace(options(model, tmp_path / "r.tsv"), certifier={"name": "cohen", "n": 20, "looks": 3})
     with pytest.raises(ConfigError, match="looks = 3"):
         certify(wrong, Silent())
+
+
+def test_too_few_samples_to_certify_anything_are_refused():
+    from rscli.engine.certify import build_certifier
+
+    with pytest.raises(InputError, match="--n is 9") as error:
+        build_certifier({"name": "cohen", "n": 9, "alpha": 0.001})
+    assert "--n 10" in str(error.value)
+    assert build_certifier({"name": "cohen", "n": 10, "alpha": 0.001}).n == 10

@@ -260,3 +260,26 @@ def test_the_model_is_restored_when_an_attack_raises():
 def test_an_attack_that_changes_the_shape_is_named():
     with pytest.raises(PluginError, match="Cropping"):
         attacked(Cropping(), a_step())
+
+
+def test_a_model_that_no_run_wrote_is_kept(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/model.safetensors").write_bytes(b"precious")
+    with pytest.raises(InputError, match="is there already"):
+        train(settings(), options(tmp_path / "run"), Silent())
+    assert (tmp_path / "run/model.safetensors").read_bytes() == b"precious"
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_training_under_torchrun_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process"):
+        train(settings(), options(tmp_path / "run"), Silent())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_cannot_be_built_leaves_no_run_behind(tmp_path):
+    wrong = settings(arch__name="timm/no_such_model")
+    with pytest.raises(InputError):
+        train(wrong, options(tmp_path / "run"), Silent())
+    assert not (tmp_path / "run").exists()
