@@ -52,11 +52,29 @@ def emit_json_line(value: Any) -> None:
 
 def listener(quiet: bool) -> Progress:
     """The listener for the engine: silent, a bar, or plain lines."""
-    from rscli.engine.progress import Silent
-
     if quiet:
-        return Silent()
+        return QuietProgress()
     return BarProgress() if sys.stderr.isatty() else LineProgress()
+
+
+class QuietProgress:
+    """No progress and no notes; warnings all the same."""
+
+    def start(self, task: str, total: int, done: int, unit: str) -> None:
+        """Nothing."""
+
+    def update(self, done: int, figures: dict[str, str]) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """A line on stderr."""
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class LineProgress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -154,24 +153,19 @@ class _Run:
             images, sampler, writer, ranks, progress, stop
         )  # fmt: skip
         self.score = Score(writer.rows)
-        self.start = self.shown = time.monotonic()
+        self.start = self.shown = self.decided = time.monotonic()
         self.done = 0
 
     def over(self, wanted: list[int], *, merge: bool) -> Tally:
         """Certifies what is not decided yet of `wanted`; the first process puts the parts together, if `merge`."""
         todo = [index for index in wanted if index not in self.writer.done]
         self.done = len(wanted) - len(todo)
-        began: dict[int, float] = {}
-
-        def inquiries() -> Iterator[Inquiry]:
-            for index in self.ranks.hand_out(todo):
-                began[index] = time.monotonic()
-                yield self.images.inquire(index)
-
+        inquiries = map(self.images.inquire, self.ranks.hand_out(todo))
         self.progress.start("certify", len(wanted), self.done, "image")
         try:
-            for inquiry in self.sampler.run(inquiries(), self._tick):
-                row = self.images.row(cast(CertifierInquiry, inquiry), time.monotonic() - began.pop(inquiry.key))
+            for inquiry in self.sampler.run(inquiries, self._tick):
+                before, self.decided = self.decided, time.monotonic()
+                row = self.images.row(cast(CertifierInquiry, inquiry), self.decided - before)
                 self.writer.append(row)
                 self.score.add(row)
                 self.ranks.add("decided", 1)

@@ -11,6 +11,9 @@ from rscli.errors import InputError
 
 FORMAT = 1
 
+SELECTION = ("start", "skip", "max")
+"""Entries of `info` that say which images a run began with; a run that goes on may take others."""
+
 
 def protocol_path(path: Path) -> Path:
     """Where the protocol of the result file `path` lies."""
@@ -66,4 +69,5 @@ def agree(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> lis
             f"{path} was begun with another protocol:\n" + "\n".join(f"  {line}" for line in changed),
             "Rows of one file must be comparable. Use the same model, data and options, or choose another --out.",
         )
+    info = [{key: value for key, value in one.items() if key not in SELECTION} for one in info]
     return [f"{path.name}, since it was begun: {line}" for line in differences(*info)]
