@@ -47,23 +47,23 @@ def compare(case: Case, *, target: float, rounds: int, compiled: bool) -> dict[s
 
 
 def waits(case: Case, sampling: Sampler) -> str:
-    """Runs with torch's check for synchronisation around every forward; "none", or what waited."""
+    """Runs with torch's check for synchronisation around every batch; "none", or what waited."""
     if case.device.type != "cuda":
         return "not a GPU"
-    vars(sampling)["_forward"] = partial(_watched, sampling._forward)
+    vars(sampling)["_launch"] = partial(_watched, sampling._launch)
     try:
         ours(case, sampling)(4 * sampling.batch)
     except RuntimeError as error:
         return str(error).splitlines()[0]
     finally:
-        del vars(sampling)["_forward"]
+        del vars(sampling)["_launch"]
     return "none"
 
 
-def _watched(forward: Callable[..., None], *arguments: Any) -> None:
+def _watched(launch: Callable[..., Any], *arguments: Any) -> Any:
     torch.cuda.set_sync_debug_mode("error")
     try:
-        forward(*arguments)
+        return launch(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from rscli.api import Architecture, Dataset, Noise, Question
 from rscli.engine.devices import device_name, memory_layout, pick_device, precision_scope
+from rscli.engine.inquiry import CertifierInquiry
 from rscli.engine.network import build_classifier
-from rscli.engine.sample import CertifierInquiry, Sampler
+from rscli.engine.sample import Sampler
 from rscli.engine.tune import Choice, tune
 from rscli.registry import installed
 

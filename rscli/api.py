@@ -65,7 +65,10 @@ class Noise(Plugin):
     sigma: float = Field(gt=0, description="standard deviation of the noise", json_schema_extra=unit("[0, 1] pixels"))
 
     def sample(self, shape: Sequence[int], *, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Draws float32 noise of `shape` (any shape, the pixel dimensions last) on `device` with `generator`."""
+        """Draws float32 noise of `shape` (any shape, the pixel dimensions last) on `device` with `generator`.
+
+        Certification calls this from several threads at once, each with a generator of its own.
+        """
         raise NotImplementedError
 
     def radius(self, p_a: float, p_b: float) -> float:
@@ -171,7 +174,8 @@ class Architecture(Plugin):
     def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
         """A freshly initialised network from images `input_shape` (channel, height, width) to `classes` logits.
 
-        Raises `rscli.errors.InputError` when it cannot take that shape. Initial weights come from torch's global generator; a
+        Certification on a CPU calls the network, in eval mode, from several threads at once. Raises
+        `rscli.errors.InputError` when it cannot take that shape. Initial weights come from torch's global generator; a
         field `pretrained`, if there is one, is False when a model file is rebuilt.
         """
         raise NotImplementedError

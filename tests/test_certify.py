@@ -17,13 +17,13 @@ from scipy.stats import beta, norm
 
 from rscli.api import ABSTAIN
 from rscli.config.layers import resolve
+from rscli.engine.blocks import BLOCK
 from rscli.engine.certify import CertifyOptions, certify
 from rscli.engine.data import Split, open_split
 from rscli.engine.modelfile import Model, load_model
 from rscli.engine.progress import Silent
 from rscli.engine.protocol import protocol_path
 from rscli.engine.rows import Row, parse_row
-from rscli.engine.sample import BLOCK
 from rscli.engine.sampling import SamplingOptions
 from rscli.engine.seeds import block_generator
 from rscli.engine.train import TrainOptions, train

@@ -17,7 +17,8 @@ from scipy.stats import binom, norm
 
 from rscli.api import ABSTAIN, Certifier, Plan, Question
 from rscli.engine.certify import certified_radius
-from rscli.engine.sample import CertifierInquiry, Sampler
+from rscli.engine.inquiry import CertifierInquiry
+from rscli.engine.sample import Sampler
 from rscli.registry import installed
 from rscli.stats.sequential import look_schedule
 from rscli_core.certifiers.cohen import fixed_n_decision

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +12,9 @@ import pytest
 import torch
 
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
-from rscli.engine.sample import BLOCK, SPARE, CertifierInquiry, Sampler
+from rscli.engine.blocks import BLOCK
+from rscli.engine.inquiry import CertifierInquiry
+from rscli.engine.sample import SPARE, Sampler
 from rscli.engine.seeds import block_generator, derive
 from rscli.errors import PluginError, RscliError
 from rscli.registry import installed
@@ -33,8 +38,8 @@ def model(images: torch.Tensor) -> torch.Tensor:
     return torch.stack([-(mean - centre).abs() for centre in (0.2, 0.5, 0.8)], -1)
 
 
-def sampler(batch: int, seed: int = 0, classifier=model) -> Sampler:
-    return Sampler(classifier, gaussian(), CLASSES, seed=seed, batch=batch, device=CPU)
+def sampler(batch: int, seed: int = 0, classifier=model, lanes: int = 1) -> Sampler:
+    return Sampler(classifier, gaussian(), CLASSES, seed=seed, batch=batch, device=CPU, lanes=lanes)
 
 
 def image(key: int) -> torch.Tensor:
@@ -57,10 +62,10 @@ class Looker(Certifier):
         return None
 
 
-def run(batch: int, keys, certifier=None, seed: int = 0):
+def run(batch: int, keys, certifier=None, seed: int = 0, lanes: int = 1):
     certifier = certifier or Looker(n0=7)
     wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in keys]
-    done = list(sampler(batch, seed).run(wanted))
+    done = list(sampler(batch, seed, lanes=lanes).run(wanted))
     return {inquiry.key: (inquiry.n, inquiry.counts.tolist(), inquiry.plan.candidate) for inquiry in done}
 
 
@@ -79,9 +84,56 @@ def brute_force(key: int, certifier: Looker, seed: int = 0):
     raise AssertionError
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 13, 64, 256, 1000])
-def test_counts_are_those_of_plain_counting_for_every_batch_size(batch):
-    assert run(batch, range(9)) == {key: brute_force(key, Looker(n0=7)) for key in range(9)}
+def test_counts_are_those_of_plain_counting_for_every_batch_size_and_number_of_lanes(batch, lanes):
+    assert run(batch, range(9), lanes=lanes) == {key: brute_force(key, Looker(n0=7)) for key in range(9)}
+
+
+def test_a_lane_that_is_slow_changes_nothing():
+    """Batches end in another order than they began; they are counted in the order in which they were filled."""
+    source, lock = random.Random(0), threading.Lock()
+
+    def slow(images: torch.Tensor) -> torch.Tensor:
+        with lock:
+            pause = source.random() * 0.01
+        time.sleep(pause)
+        return model(images)
+
+    wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
+    done = [(inquiry.key, inquiry.counts.tolist()) for inquiry in sampler(32, classifier=slow, lanes=3).run(wanted)]
+    assert dict(done) == {key: brute_force(key, Looker(n0=7))[1] for key in range(9)}
+    wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
+    assert done == [(i.key, i.counts.tolist()) for i in sampler(32, lanes=3).run(wanted)], "the order depends on the pauses"
+
+
+def test_lanes_share_the_threads_and_give_them_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    seen: set[tuple[str, int]] = set()
+
+    def watching(images: torch.Tensor) -> torch.Tensor:
+        seen.add((threading.current_thread().name, torch.get_num_threads()))
+        time.sleep(0.001)  # so that every lane gets a batch
+        return model(images)
+
+    try:
+        wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
+        assert len(list(sampler(16, classifier=watching, lanes=2).run(wanted))) == 9
+        assert seen == {("lane_0", 2), ("lane_1", 2)}
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane")]
+
+
+def test_a_lane_that_fails_ends_the_run_and_no_thread_is_left():
+    def failing(images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        list(sampler(16, classifier=failing, lanes=3).run([CertifierInquiry(Looker(), Question(CLASSES), 0, lambda: image(0))]))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane")]
 
 
 def test_order_and_company_of_an_image_change_nothing():
@@ -134,11 +186,12 @@ class Drawing:
         return self.gaussian.sample(shape, **where)
 
 
-def test_a_block_whose_samples_are_wanted_bit_by_bit_is_drawn_once():
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_block_whose_samples_are_wanted_bit_by_bit_is_drawn_once(lanes):
     certifier = Looker(n0=7, looks=tuple(range(10, 200, 10)), enough=1000)
     for images, batch in ((1, 64), (4, 48)):
         noise = Drawing()
-        sampling = Sampler(model, noise, CLASSES, seed=0, batch=batch, device=CPU)
+        sampling = Sampler(model, noise, CLASSES, seed=0, batch=batch, device=CPU, lanes=lanes)
         wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(images)]
         assert len(list(sampling.run(wanted))) == images
         assert noise.blocks == images * -(-197 // BLOCK)
@@ -148,9 +201,9 @@ def test_kept_noise_is_bounded_and_gone_in_the_end():
     certifier = Looker(n0=7, looks=(9, 12, 70), enough=1000)
     wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(200)]
     sampling = sampler(256)
-    kept = [len(sampling._spare) for _ in sampling.run(wanted)]
+    kept = [len(sampling._blocks) for _ in sampling.run(wanted)]
     assert 0 < max(kept) <= SPARE * 256 // BLOCK
-    assert not sampling._spare
+    assert not sampling._blocks
 
 
 class Small:
@@ -166,9 +219,10 @@ class Small:
         return model(images)
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing():
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_out_of_memory_halves_the_batch_and_loses_nothing(lanes):
     small = Small(20)
-    sampling = sampler(100, classifier=small)
+    sampling = sampler(100, classifier=small, lanes=lanes)
     wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
     done = {inquiry.key: (inquiry.n, inquiry.counts.tolist(), inquiry.plan.candidate) for inquiry in sampling.run(wanted)}
     assert done == {key: brute_force(key, Looker(n0=7)) for key in range(9)}
@@ -181,7 +235,8 @@ def test_out_of_memory_with_a_single_sample_is_an_error():
         list(sampler(4, classifier=Small(0)).run([CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
 
 
-def test_open_images_do_not_grow_with_the_number_of_images():
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_open_images_do_not_grow_with_the_number_of_images(lanes):
     opened, most = [0], [0]
 
     def inquiries():
@@ -191,10 +246,10 @@ def test_open_images_do_not_grow_with_the_number_of_images():
             yield CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key))
 
     finished = [0]
-    for _ in sampler(32).run(inquiries()):
+    for _ in sampler(32, lanes=lanes).run(inquiries()):
         finished[0] += 1
     assert finished[0] == 500
-    assert most[0] <= 2 * 32 + 2
+    assert most[0] <= (lanes + 1) * 32 + 2
 
 
 def test_stop_draws_nothing_more():

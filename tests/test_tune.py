@@ -18,14 +18,17 @@ from rscli.api import Question
 from rscli.config.layers import resolve
 from rscli.engine import certify as certifying
 from rscli.engine import sampling, tune
+from rscli.engine.blocks import BLOCK
 from rscli.engine.certify import CertifyOptions, SamplingOptions, certify
+from rscli.engine.inquiry import CertifierInquiry
 from rscli.engine.preview import cost
 from rscli.engine.progress import Silent
 from rscli.engine.protocol import protocol_path
-from rscli.engine.sample import BLOCK, CertifierInquiry, Sampler
+from rscli.engine.sample import Sampler
 from rscli.engine.seeds import block_generator
 from rscli.engine.train import TrainOptions, train
 from rscli.engine.tune import Choice
+from rscli.errors import RscliError
 from rscli.registry import installed
 
 CPU = torch.device("cpu")
@@ -58,9 +61,15 @@ class Priced(nn.Module):
         self.now += self.price(len(images), layout)
         return torch.zeros(len(images), 3)
 
-    def tuned(self, monkeypatch, **kept) -> Choice:
+    def sampler(self, choice: Choice) -> Sampler:
+        gaussian = installed().build("noises", {"name": "gaussian", "sigma": 0.5})
+        return Sampler(
+            self, gaussian, 3, seed=0, batch=choice.batch, device=CPU, channels_last=choice.channels_last, lanes=choice.lanes
+        )
+
+    def tuned(self, monkeypatch, *, batch=None, channels_last=None, lanes=1) -> Choice:
         monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        return tune.tune(self, SHAPE, CPU, "fp32", **kept)
+        return tune.tune(self.sampler, CPU, SHAPE, batch=batch, channels_last=channels_last, lanes=lanes)
 
 
 def a_batch_costs(fixed: float, channels_last: float, contiguous: float):
@@ -69,23 +78,30 @@ def a_batch_costs(fixed: float, channels_last: float, contiguous: float):
 
 
 PRICES = {
-    "channels-last-and-large": (a_batch_costs(0.01, 1e-5, 2e-5), 10**9, Choice(512, True, 512 / (0.01 + 512e-5))),
-    "contiguous-and-large": (a_batch_costs(0.01, 2e-5, 1e-5), 10**9, Choice(512, False, 512 / (0.01 + 512e-5))),
-    "small": (lambda batch, layout: 1e-6 * batch**2 * (1 if layout else 2), 10**9, Choice(64, True, 1e6 / 64)),
-    "larger-do-not-fit": (a_batch_costs(0.01, 1e-5, 2e-5), 300, Choice(256, True, 256 / (0.01 + 256e-5))),
-    "only-the-smallest-fits": (a_batch_costs(0.01, 1e-5, 2e-5), 64, Choice(64, True, 64 / (0.01 + 64e-5))),
+    "channels-last-and-large": (a_batch_costs(0.01, 1e-5, 2e-5), 10**9, Choice(512, True, speed=512 / (0.01 + 512e-5))),
+    "contiguous-and-large": (a_batch_costs(0.01, 2e-5, 1e-5), 10**9, Choice(512, False, speed=512 / (0.01 + 512e-5))),
+    "small": (lambda batch, layout: 1e-6 * batch**2 * (1 if layout else 2), 10**9, Choice(64, True, speed=1e6 / 64)),
+    "larger-do-not-fit": (a_batch_costs(0.01, 1e-5, 2e-5), 300, Choice(256, True, speed=256 / (0.01 + 256e-5))),
+    "only-the-smallest-fits": (a_batch_costs(0.01, 1e-5, 2e-5), 64, Choice(64, True, speed=64 / (0.01 + 64e-5))),
+    "slow": (a_batch_costs(0.0, 0.02, 0.04), 10**9, Choice(64, True, speed=50.0)),
 }
 
 
 @pytest.mark.parametrize(("price", "most", "wanted"), PRICES.values(), ids=PRICES)
 def test_the_fastest_that_fits_is_chosen(price, most, wanted, monkeypatch):
     chosen = Priced(price, most).tuned(monkeypatch)
-    assert (chosen.batch, chosen.channels_last) == (wanted.batch, wanted.channels_last)
+    assert (chosen.batch, chosen.channels_last, chosen.lanes) == (wanted.batch, wanted.channels_last, 1)
     assert chosen.speed == pytest.approx(wanted.speed)
 
 
 def test_nothing_that_fits_is_no_measurement(monkeypatch):
     assert Priced(lambda batch, layout: 1.0, most=1).tuned(monkeypatch).speed is None
+
+
+def test_a_network_is_not_tried_at_sizes_that_take_seconds(monkeypatch):
+    network = Priced(a_batch_costs(0.0, 0.012, 0.02))
+    network.tuned(monkeypatch)
+    assert {batch for batch, _ in network.tried} == {64, 128}  # half of 128 in 0.77 s, half of 256 in 1.5 s
 
 
 @pytest.mark.parametrize(
@@ -101,6 +117,33 @@ def test_what_is_given_is_kept(kept, tried, monkeypatch):
     network = Priced(a_batch_costs(0.1, 1e-5, 2e-5))
     network.tuned(monkeypatch, **kept)
     assert set(network.tried) == tried
+
+
+@pytest.mark.parametrize("faster", [1, 3])
+def test_one_lane_or_as_many_as_there_are_threads(faster, monkeypatch):
+    """How fast each is, is pretended: real lanes share the clock."""
+    asked = []
+
+    def speed_of(make, choice, shape):
+        asked.append(choice)
+        return 2000.0 if choice.lanes == faster else 1000.0
+
+    monkeypatch.setattr(tune, "speed_of", speed_of)
+    chosen = tune.tune(lambda choice: None, CPU, SHAPE, batch=64, channels_last=True, lanes=3)
+    assert (chosen.lanes, chosen.speed) == (faster, 2000.0)
+    assert [choice.lanes for choice in asked] == [3, 1]
+
+
+@pytest.mark.parametrize(("gain", "kept"), [(1.04, False), (1.06, True), (None, False)], ids=["barely", "clearly", "no-memory"])
+def test_compiling_must_pay(gain, kept, monkeypatch):
+    plain = Choice(64, True, lanes=2, speed=1000.0)
+    monkeypatch.setattr(tune, "speed_of", lambda make, choice, shape: gain and gain * 1000.0)
+    chosen = tune.try_compiled(lambda choice: None, plain, SHAPE)
+    assert chosen == (Choice(64, True, lanes=2, compiled=True, speed=1060.0) if kept else plain)
+
+
+def test_the_trial_of_several_lanes_measures_them_together():
+    assert tune.speed_of(Priced(lambda batch, layout: 0.0).sampler, Choice(64, True, lanes=2), SHAPE) > 0
 
 
 # --- in a run ----------------------------------------------------------------------------------------------------------------
@@ -140,7 +183,7 @@ def trials(monkeypatch) -> list[Choice]:
     made: list[Choice] = []
 
     def found(*arguments, **named) -> Choice:
-        made.append(Choice(96, False, 1e6))
+        made.append(Choice(96, False, speed=1e6))
         return made[-1]
 
     monkeypatch.setattr(sampling, "tune", found)
@@ -178,7 +221,7 @@ def test_the_preview_says_what_the_run_and_the_sequential_certifier_would_take(m
     heard = Listening()
     tally = certify(options(model, tmp_path / "r.tsv"), heard)
     trial, price, instead = heard.notes
-    assert trial == "trial: batch 96, contiguous: the network alone does 1,000,000 samples/s"
+    assert trial == "trial: batch 96, contiguous: 1,000,000 samples/s"
     assert price == "6 images, at most 1,320 samples: about 0:00:00 at that speed"
     assert instead.startswith("--certifier sequential would decide the radii 0 to 0.25 with about ")
     mean = float(instead.split("about ")[1].split(" samples")[0].replace(",", ""))
@@ -198,6 +241,103 @@ def without_time(path: Path) -> list[list[str]]:
     return [line.split("\t")[:5] + line.split("\t")[6:] for line in path.read_text().splitlines()]
 
 
+@pytest.fixture
+def hours(trials, monkeypatch) -> None:
+    """Every long run takes hours, too."""
+    monkeypatch.setattr(sampling, "COMPILE_SECONDS", 0.0)
+
+
+def pretend_to_compile(monkeypatch, speed_of) -> list[dict]:
+    """torch.compile changes nothing but is counted; a trial of it finds the speed of `speed_of`."""
+    calls: list[dict] = []
+
+    def compile(network, **how):
+        calls.append(how)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(tune, "speed_of", speed_of)
+    monkeypatch.setattr(sampling, "speed_of", speed_of)
+    return calls
+
+
+def compiled(out: Path) -> bool:
+    return json.loads(protocol_path(out).read_text())["info"]["compile"]
+
+
+def faster(make, choice, shape) -> float:
+    make(choice)
+    return 2e6 if choice.compiled else 1e6
+
+
+def test_a_run_of_hours_tries_torch_compile_and_its_continuation_keeps_it(model, tmp_path, hours, monkeypatch):
+    calls, heard, out = pretend_to_compile(monkeypatch, faster), Listening(), tmp_path / "r.tsv"
+    certify(options(model, out, max=3), heard)
+    assert heard.notes[0] == "trial: batch 96, contiguous, compiled: 2,000,000 samples/s"
+    assert compiled(out)
+    assert calls == [{"mode": "default", "dynamic": False}]
+    certify(options(model, out, resume=True), Silent())
+    assert len(calls) == 2
+    assert compiled(out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"sampling": SamplingOptions(device="cpu", compile=False)}, "asked not to"),
+        ({"sampling": SamplingOptions(device="cpu", precision="bf16")}, "it would round elsewhere: more than ties"),
+        ({"certifier": {"name": "sequential", "n": 200, "n0": 20, "alpha": 0.01}, "radii": (0.0,)}, "it may soon be over"),
+    ],
+    ids=["no-compile", "bf16", "sequential"],
+)
+def test_runs_that_do_not_try_torch_compile(changes, why, model, tmp_path, hours, monkeypatch):
+    assert pretend_to_compile(monkeypatch, faster) == []
+    certify(options(model, tmp_path / "r.tsv", **changes), Silent())
+    assert not compiled(tmp_path / "r.tsv"), why
+
+
+def no_compiler(make, choice, shape) -> float:
+    if choice.compiled:
+        raise OSError("no C++ compiler\nand much more")
+    return 1e6
+
+
+def test_where_torch_compile_does_not_work_a_long_run_does_without(model, tmp_path, hours, monkeypatch):
+    pretend_to_compile(monkeypatch, no_compiler)
+    heard = Listening()
+    certify(options(model, tmp_path / "r.tsv"), heard)
+    assert heard.notes[0] == "trial: torch.compile does not work here and is left out (no C++ compiler)"
+    assert not compiled(tmp_path / "r.tsv")
+
+
+def test_where_torch_compile_does_not_work_and_was_asked_for_nothing_is_written(model, tmp_path, monkeypatch):
+    pretend_to_compile(monkeypatch, no_compiler)
+    chosen = options(model, tmp_path / "r.tsv", sampling=SamplingOptions(device="cpu", compile=True))
+    with pytest.raises(RscliError, match="cannot compile this model here: no C") as caught:
+        certify(chosen, Silent())
+    assert "--no-compile" in (caught.value.hint or "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_compiled_rows_are_those_of_the_network_but_for_ties(model, tmp_path):
+    """torch.compile itself, in two lanes; needs a C++ compiler."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        certify(options(model, tmp_path / "plain.tsv"), Silent())
+        try:
+            certify(options(model, tmp_path / "c.tsv", sampling=SamplingOptions(device="cpu", compile=True)), Silent())
+        except RscliError as error:
+            pytest.skip(error.message)
+    finally:
+        torch.set_num_threads(before)
+    assert compiled(tmp_path / "c.tsv")
+    plain, other = without_time(tmp_path / "plain.tsv"), without_time(tmp_path / "c.tsv")
+    count = plain[0].index("count")
+    assert sum(abs(int(a[count]) - int(b[count])) for a, b in zip(plain[1:], other[1:], strict=True)) <= 2
+
+
 def test_hours_are_shown_as_hours():
     certifier = installed().build("certifiers", {"name": "cohen", "n": 100_000, "n0": 100})
     assert "about 13:54:10 " in cost(certifier, 10_000, 20_000)  # 1.001e9 samples in 50,050 s
@@ -209,7 +349,8 @@ PEAKS = """
 import resource, sys
 import torch
 from rscli.api import Question
-from rscli.engine.sample import CertifierInquiry, Sampler
+from rscli.engine.inquiry import CertifierInquiry
+from rscli.engine.sample import Sampler
 from rscli.registry import installed
 
 torch.set_num_threads(1)
@@ -274,18 +415,18 @@ def test_counts_on_a_gpu_are_those_of_plain_counting():
 
 @pytest.mark.gpu
 def test_the_host_never_waits_for_a_gpu_inside_a_look(monkeypatch):
-    forward = Sampler._forward
+    launch = Sampler._launch
 
-    def watched(sampler, segments):
+    def watched(*arguments):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            forward(sampler, segments)
+            return launch(*arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     sampler = on_gpu(network().to("cuda", memory_format=torch.channels_last))
     plain = counts_of(sampler)
-    monkeypatch.setattr(Sampler, "_forward", watched)
+    monkeypatch.setattr(Sampler, "_launch", watched)
     assert counts_of(sampler) == plain
 
 

@@ -51,7 +51,10 @@ def certify(
         bool | None,
         typer.Option("--autotune/--no-autotune", help="Try batch sizes and layouts first.  [default: if the run is long]"),
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile (CUDA graphs on a GPU).")] = False,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile (CUDA graphs on a GPU).  [default: tried in long runs]"),
+    ] = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 
 from rscli import __version__
 from rscli.api import Certifier, Dataset, Question, fields_of
+from rscli.engine.blocks import BLOCK
 from rscli.engine.data import Split, open_split
 from rscli.engine.devices import environment
+from rscli.engine.inquiry import CertifierInquiry, Inquiry
 from rscli.engine.modelfile import Model, load_model
 from rscli.engine.parts import part_path, parts_of, union
 from rscli.engine.preview import alternative, cost
@@ -24,10 +25,11 @@ from rscli.engine.protocol import read_protocol
 from rscli.engine.radii import certified_radius, decided_radii, grid_radii
 from rscli.engine.ranks import Ranks, join
 from rscli.engine.rows import Row
-from rscli.engine.sample import BLOCK, CertifierInquiry, Inquiry, Sampler
+from rscli.engine.sample import Sampler
 from rscli.engine.sampling import SamplingOptions
 from rscli.engine.score import Score, Tally
 from rscli.engine.signals import StopRequest, stop_requests
+from rscli.engine.tune import Choice
 from rscli.engine.writer import ResultWriter
 from rscli.errors import ConfigError, InputError, RscliError, Stopped
 from rscli.registry import installed
@@ -218,10 +220,11 @@ def _prepare(
         ranks.meet("protocol")
     before = read_protocol(options.out) if options.resume or ranks.rank > 0 or options.shard else None
     long = len(wanted) * certifier.n >= LONG_RUN
-    sampler, choice = options.sampling.sampler(model, ((before or {}).get("info") or {}), long=long)
+    samples = 0 if certifier.grid else len(wanted) * certifier.n  # nobody knows how soon a sequential test will stop
+    info = (before or {}).get("info") or {}
+    sampler, choice = options.sampling.sampler(model, info, progress, samples=samples, long=long)
     if choice.speed is not None:
-        layout = "channels_last" if choice.channels_last else "contiguous"
-        progress.note(f"trial: batch {choice.batch}, {layout}: the network alone does {choice.speed:,.0f} samples/s")
+        progress.note(f"trial: {choice}: {choice.speed:,.0f} samples/s")
         speed = choice.speed * ranks.world
         progress.note(cost(certifier, len(wanted), speed))
         if not certifier.grid:
@@ -229,7 +232,7 @@ def _prepare(
             text = alternative(certifier, model.noise, split, wanted, grid, sampler, speed)
             if text is not None:
                 progress.note(text)
-    return sampler, _protocol(model, certifier, split, sampler, options)
+    return sampler, _protocol(model, certifier, split, sampler, choice, options)
 
 
 def _begin(options: CertifyOptions, protocol: dict[str, Any], ranks: Ranks) -> ResultWriter:
@@ -303,7 +306,9 @@ def _wanted(options: CertifyOptions, images: int) -> list[int]:
     return wanted
 
 
-def _protocol(model: Model, certifier: Certifier, split: Split, sampler: Sampler, options: CertifyOptions) -> dict[str, Any]:
+def _protocol(
+    model: Model, certifier: Certifier, split: Split, sampler: Sampler, choice: Choice, options: CertifyOptions
+) -> dict[str, Any]:
     """What the rows depend on; `info` holds what they do not, or only in the last bits of the network's output."""
     card, sampling = model.card, options.sampling
     origin = installed().provenance("certifiers", options.certifier["name"])
@@ -338,8 +343,9 @@ def _protocol(model: Model, certifier: Certifier, split: Split, sampler: Sampler
             "skip": options.skip,
             "max": options.max,
             "batch": sampler.batch,
-            "channels_last": sampler.layout == torch.channels_last,
-            "compile": sampling.compile,
+            "channels_last": choice.channels_last,
+            "lanes": choice.lanes,
+            "compile": choice.compiled,
             **environment(sampler.device),
         },
     }

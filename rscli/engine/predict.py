@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
+from rscli.engine.inquiry import CertifierInquiry, Inquiry
 from rscli.engine.modelfile import Model
 from rscli.engine.progress import Progress
 from rscli.engine.radii import certified_radius
-from rscli.engine.sample import CertifierInquiry, Inquiry
 from rscli.engine.sampling import SamplingOptions
 from rscli.engine.seeds import derive
 from rscli.engine.signals import stop_requests
@@ -117,7 +117,7 @@ def predict(
 
     With `MajorityVote` the answer has no radius; any other certifier gives one. Raises `Stopped` when asked to stop.
     """
-    sampler, _ = sampling.sampler(model, {}, long=False)
+    sampler, _ = sampling.sampler(model, {}, progress, samples=0, long=False)
     classes = len(model.card.spec.class_names)
     broken: list[Prediction] = []
     opened: dict[int, Path] = {}

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from rscli.api import Certifier, Decision, Noise, Plan, Question
 from rscli.engine.data import Split
-from rscli.engine.sample import CertifierInquiry, Sampler
+from rscli.engine.inquiry import CertifierInquiry
+from rscli.engine.sample import Sampler
 from rscli.engine.seeds import derive
 from rscli.stats.sequential import look_schedule, nested_test
 

@@ -1,114 +1,33 @@
 """Sampling: the noisy predictions that certifiers ask for, counted on the device, in batches filled across images.
 
-The noise of image i, sample j depends on (seed, i, j) alone: it comes in blocks of `BLOCK` samples, each from a generator of
-its own, keyed by (seed, image, block). Batches have one static shape (the last is padded), and hold whatever samples are wanted
-next, of however many images. The host waits for the device only when an image has all the samples of its next look, and then
-one batch late, so that the device has work meanwhile.
+Batches have one static shape (the last is padded), and hold whatever samples are wanted next, of however many images. Several
+are under way at a time: one in each lane of a CPU, one in the queue of a GPU. They are counted in the order in which they were
+filled, so no count depends on which lane is faster. The host waits for the device only when an image has all the samples of its
+next look, and then one batch late, so that the device has work meanwhile.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from rscli.api import Certifier, Decision, Noise, Plan, Question
+from rscli.api import Noise
+from rscli.engine.blocks import BLOCK, NoiseBlocks, Piece, cut
 from rscli.engine.devices import memory_layout, precision_scope
-from rscli.engine.seeds import block_generator
+from rscli.engine.inquiry import Inquiry
+from rscli.engine.lanes import lanes
 from rscli.errors import InputError, PluginError, RscliError
-
-BLOCK = 64
-"""Samples a block of noise; part of the protocol, since another size draws other noise."""
 
 SPARE = 8
 """How many batches' worth of drawn noise is kept at most: the rest of blocks whose next samples were not wanted yet."""
-
-Counts = NDArray[np.int64]
-
-
-class Inquiry(Protocol):
-    """What is asked about one image; the sampler draws `wanted` samples in all, reports counts, and asks again."""
-
-    @property
-    def key(self) -> int:
-        """The image's key for its noise."""
-
-    @property
-    def wanted(self) -> int:
-        """The number of samples, counted from the first, after which `receive` is to be called next."""
-
-    def image(self) -> Tensor:
-        """The image (channel, height, width), float32 in [0, 1]."""
-
-    def receive(self, counts: Counts) -> bool:
-        """Takes the `counts` (classes,) of the samples since the last reset; True when nothing more is wanted."""
-
-    @property
-    def fresh(self) -> bool:
-        """Whether the counts are to start again at zero: asked after each `receive`."""
-
-
-@dataclass
-class CertifierInquiry:
-    """A certifier's conversation about one image: selection samples, then look after look at fresh ones."""
-
-    certifier: Certifier
-    question: Question
-    key: int
-    load: Callable[[], Tensor]
-    n0: int = field(init=False)
-    plan: Plan | None = None
-    decision: Decision | None = None
-    n: int = 0
-    counts: Counts | None = None
-    fresh: bool = False
-    _look: int = 0
-
-    def __post_init__(self) -> None:
-        self.n0 = self.certifier.selection(self.question)
-        if self.n0 == 0:
-            self._begin(np.zeros(self.question.classes, np.int64))
-
-    @property
-    def wanted(self) -> int:
-        """The selection samples, or the selection samples and those of the next look."""
-        return self.n0 if self.plan is None else self.n0 + self.plan.looks[self._look]
-
-    def image(self) -> Tensor:
-        """The image, loaded when its first samples are drawn."""
-        return self.load()
-
-    def receive(self, counts: Counts) -> bool:
-        """Selection counts make the plan; counts at a look make a decision, or lead to the next look."""
-        self.fresh = self.plan is None
-        if self.plan is None:
-            return self._begin(counts)
-        self.n, self.counts = self.plan.looks[self._look], counts
-        self.decision = self.certifier.decide(counts, self.n, self.plan)
-        self._look += 1
-        if self.decision is None and self._look == len(self.plan.looks):
-            raise PluginError(f"the certifier {type(self.certifier).__name__} did not decide at its last look ({self.n})")
-        return self.decision is not None
-
-    def _begin(self, counts: Counts) -> bool:
-        self.plan = self.certifier.plan(counts, self.question)
-        looks = self.plan.looks
-        if any(b <= a for a, b in zip((0, *looks), looks, strict=False)):
-            raise PluginError(f"the certifier {type(self.certifier).__name__} wants looks that do not increase: {looks}")
-        if not looks and self.n0 == 0:
-            raise PluginError(f"the certifier {type(self.certifier).__name__} wants no samples at all")
-        if not looks:
-            self.counts = np.zeros_like(counts)
-            self.decision = self.certifier.decide(self.counts, 0, self.plan)
-            if self.decision is None:
-                raise PluginError(f"the certifier {type(self.certifier).__name__} wants no more samples, and did not decide")
-        return self.decision is not None
 
 
 @dataclass(eq=False)
@@ -128,24 +47,18 @@ class _Active:
 _Segment = tuple[_Active, int, int]
 """Samples of one image: the image, the first sample, and how many."""
 
+_Votes = tuple[Tensor, Tensor]
+"""The class of each sample (samples,), and a number that is not finite as soon as one logit is not."""
 
-def _cut(segments: list[_Segment], most: int) -> list[list[_Segment]]:
-    """The samples of `segments` in groups of at most `most`, in the same order."""
-    groups: list[list[_Segment]] = [[]]
-    room = most
-    for active, start, take in segments:
-        while take:
-            if not room:
-                groups.append([])
-                room = most
-            part = min(room, take)
-            groups[-1].append((active, start, part))
-            start, take, room = start + part, take - part, room - part
-    return groups
+_Snapshot = tuple[Tensor, torch.cuda.Event | None]
+"""Counts on their way to the host, and what to wait for."""
 
 
 class Sampler:
-    """Draws samples for any number of inquiries in batches of one static shape."""
+    """Draws samples for any number of inquiries in batches of one static shape, `lanes` of them side by side.
+
+    With more than one lane, the model and the noise are called by several threads at once.
+    """
 
     def __init__(
         self,
@@ -158,43 +71,42 @@ class Sampler:
         device: torch.device,
         precision: str = "fp32",
         channels_last: bool = True,
+        lanes: int = 1,
     ) -> None:
         if batch < 1:
             raise InputError(f"the batch size is {batch}, but must be at least 1")
         self.model, self.noise, self.classes, self.seed, self.batch, self.device = model, noise, classes, seed, batch, device
-        self.precision = precision
+        self.precision, self.lanes = precision, lanes
         self.layout = memory_layout(channels_last)
-        slots = 2 * batch + 2  # a batch holds at most `batch` images, and those of one batch before wait for their look
-        self._counts = torch.zeros(slots + 1, classes, dtype=torch.int64, device=device)
+        self.samples = 0
+        self._blocks = NoiseBlocks(noise, seed, device, most=SPARE * max(1, batch // BLOCK))
+        slots = (lanes + 1) * batch + 2  # a batch holds at most `batch` images, and those of one a lane wait for their look
+        self._counts = torch.zeros(slots, classes, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self._sum = torch.zeros((), device=device)
         self._pattern: list[tuple[int, int]] = []
         self._starts = self._one
         self._free = deque(range(slots))
         self._active: list[_Active] = []
-        self._images: Tensor | None = None
-        self._spare: dict[tuple[int, int], Tensor] = {}  # (image's key, block) to noise
-        self.samples = 0
+        self._own = threading.local()  # each lane's batch of images
 
     def run(self, inquiries: Iterable[Inquiry], stop: Callable[[], bool] = lambda: False) -> Iterator[Inquiry]:
-        """Yields each inquiry when it wants no more, in the order in which they end; at most a batch's worth is open at a time.
+        """Yields each inquiry when it wants no more, in the order in which they end; a few batches' worth is open at a time.
 
         `stop` is asked before every batch; once it says True, nothing more is drawn or yielded.
         Raises `RscliError` if the model's logits are not finite, `PluginError` if they have the wrong shape.
         """
         waiting = iter(inquiries)
-        late: tuple[list[_Active], Tensor, torch.cuda.Event | None] | None = None
-        while not stop():
-            segments = self._fill(waiting, wait=late is not None)
-            ready = [active for active, *_ in segments if active.outstanding == 0]
-            with torch.inference_mode(), precision_scope(self.precision, self.device):
-                self._launch(segments)
-                snapshot = (ready, *self._snapshot(ready)) if ready else None
-                done = self._look(*late) if late else []
-            late = snapshot
-            yield from done
-            if not segments and late is None and not self._active:
-                return
+        under_way: deque[Callable[[], list[Inquiry]]] = deque()
+        with lanes(self.lanes) as pool:
+            while not stop():
+                segments = self._fill(waiting, wait=len(under_way) >= self.lanes)
+                if segments:
+                    under_way.append(self._launch(segments, pool))
+                elif not under_way:
+                    return
+                if len(under_way) > self.lanes or not segments:
+                    yield from under_way.popleft()()
 
     def _fill(self, waiting: Iterator[Inquiry], *, wait: bool) -> list[_Segment]:
         """Segments (image, first sample, samples) for the next batch; opens new images when the open ones want too little.
@@ -222,75 +134,85 @@ class Sampler:
             active.drawn += take
         return segments
 
-    def _launch(self, segments: list[_Segment]) -> None:
-        """Runs the model on the noisy images of `segments`, in batches that fit: out of memory halves the batch for good."""
-        waiting = [segments] if segments else []
-        while waiting:
-            try:
-                self._forward(waiting[0])
-                waiting.pop(0)
-            except torch.OutOfMemoryError:
-                if self.batch == 1:
-                    raise
-                self.batch, self._images = (self.batch + 1) // 2, None
-                self._spare.clear()
-                torch.cuda.empty_cache()
-                waiting = [part for group in waiting for part in _cut(group, self.batch)]
+    def _launch(self, segments: list[_Segment], pool: ThreadPoolExecutor | None) -> Callable[[], list[Inquiry]]:
+        """Has the samples of `segments` classified; what is returned hands the looks that are due to their inquiries.
 
-    def _forward(self, segments: list[_Segment]) -> None:
-        """Runs the model on the noisy images of `segments`, and adds its predictions to the counts."""
-        logits = self.model(self._assemble(segments))
-        if tuple(logits.shape) != (self.batch, self.classes):
-            shape = (self.batch, self.classes)
-            raise PluginError(f"the model returned logits of shape {tuple(logits.shape)}, where {shape} was announced")
-        self._count(logits, segments)
-
-    def _assemble(self, segments: list[_Segment]) -> Tensor:
-        """The noisy images of `segments`, and zeros up to the static shape: (batch, channel, height, width)."""
-        if self._images is None:
-            self._images = torch.empty(self.batch, *segments[0][0].image.shape, device=self.device)
-        place = 0
-        for active, start, take in segments:
-            for noise in self._noise(active, start, take):
-                torch.add(noise, active.image, out=self._images[place : place + len(noise)])
-                place += len(noise)
-        self._images[place:].zero_()
-        return self._images.contiguous(memory_format=self.layout)
-
-    def _noise(self, active: _Active, start: int, take: int) -> Iterator[Tensor]:
-        """The noise (k, channel, height, width) of samples `start` to `start + take`, block by block.
-
-        A block that is not used up is kept: its other samples are mostly wanted soon, and it would have to be drawn again.
+        Without a pool everything is queued on the device at once; with one, counting waits for the lane.
         """
-        end = start + take
-        for block in range(start // BLOCK, (end - 1) // BLOCK + 1):
-            first = block * BLOCK
-            noise = self._spare.pop((active.inquiry.key, block), None)
-            if noise is None:
-                random = block_generator(self.device, self.seed, active.inquiry.key, block)
-                noise = self.noise.sample((BLOCK, *active.image.shape), generator=random, device=self.device)
-            if end < first + BLOCK:
-                self._spare[active.inquiry.key, block] = noise
-                if len(self._spare) * BLOCK > SPARE * self.batch:
-                    self._spare.pop(next(iter(self._spare)))  # the one that has waited longest
-            yield noise[max(start - first, 0) : end - first]
+        ready = [active for active, *_ in segments if active.outstanding == 0]
+        pieces = [
+            piece
+            for active, start, take in segments
+            for piece in self._blocks.pieces(active.inquiry.key, active.image, start, take)
+        ]
+        if pool is None:
+            self._count(segments, self._classify(pieces))
+            return partial(self._look, ready, self._snapshot(ready))
+        votes = pool.submit(self._classify, pieces)
 
-    def _count(self, logits: Tensor, segments: list[_Segment]) -> None:
-        """Adds the predictions to the counts of their images; those of the padding go to the table's last row."""
-        used = sum(take for *_, take in segments)
-        places = self._rows(segments, used) + logits.argmax(-1)
-        total = logits[:used].sum()  # not finite as soon as one logit is not
-        ones = self._one.expand_as(places)
-        self._counts.view(-1).scatter_add_(0, places, ones)  # nothing after this may fail: the samples count once
+        def finish() -> list[Inquiry]:
+            self._count(segments, votes.result())
+            return self._look(ready, self._snapshot(ready))
+
+        return finish
+
+    def _classify(self, pieces: list[Piece]) -> _Votes:
+        """Runs the model on the samples of `pieces`, in batches that fit: out of memory halves the batch for good."""
+        waiting, votes = [pieces], []
+        with torch.inference_mode(), precision_scope(self.precision, self.device):
+            while waiting:
+                batch = self.batch
+                try:
+                    votes.append(self._forward(waiting[0], batch))
+                    waiting.pop(0)
+                except torch.OutOfMemoryError:
+                    if batch == 1:
+                        raise
+                    self.batch = min(self.batch, (batch + 1) // 2)
+                    self._own.images = None
+                    torch.cuda.empty_cache()
+                    waiting = [part for group in waiting for part in cut(group, self.batch)]
+            if len(votes) == 1:
+                return votes[0]
+            classes, totals = zip(*votes, strict=True)
+            return torch.cat(classes), torch.stack(totals).sum()
+
+    def _forward(self, pieces: list[Piece], batch: int) -> _Votes:
+        """One forward of `batch` images, of which those of `pieces` count."""
+        logits = self.model(self._assemble(pieces, batch))
+        if tuple(logits.shape) != (batch, self.classes):
+            shape = (batch, self.classes)
+            raise PluginError(f"the model returned logits of shape {tuple(logits.shape)}, where {shape} was announced")
+        used = sum(piece.samples for piece in pieces)
+        return logits[:used].argmax(-1), logits[:used].sum()
+
+    def _assemble(self, pieces: list[Piece], batch: int) -> Tensor:
+        """The noisy images of `pieces`, and zeros up to the static shape: (batch, channel, height, width)."""
+        images: Tensor | None = getattr(self._own, "images", None)
+        if images is None or len(images) != batch:
+            images = self._own.images = torch.empty(batch, *pieces[0].image.shape, device=self.device)
+        place = 0
+        for piece in pieces:
+            piece.into(images[place : place + piece.samples])
+            place += piece.samples
+        images[place:].zero_()
+        return images.contiguous(memory_format=self.layout)
+
+    @torch.inference_mode()
+    def _count(self, segments: list[_Segment], votes: _Votes) -> None:
+        """Adds the classes of the samples of `segments` to the counts of their images."""
+        classes, total = votes
+        places = self._rows(segments) + classes
+        self._counts.view(-1).scatter_add_(0, places, self._one.expand_as(places))
         self._sum += total
-        self.samples += used
+        self.samples += len(classes)
 
-    def _rows(self, segments: list[_Segment], used: int) -> Tensor:
+    def _rows(self, segments: list[_Segment]) -> Tensor:
         """For each sample of the batch, where its image's row begins in the flat table of counts.
 
         An image with many samples fills batch after batch: then the answer is that of the batch before.
         """
-        pattern = [(active.slot, take) for active, _, take in segments] + [(len(self._counts) - 1, self.batch - used)]
+        pattern = [(active.slot, take) for active, _, take in segments]
         if pattern != self._pattern:
             slots, takes = np.array(pattern).T
             self._pattern, self._starts = pattern, self._sent(torch.from_numpy(np.repeat(slots * self.classes, takes)))
@@ -302,8 +224,11 @@ class Sampler:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def _snapshot(self, ready: list[_Active]) -> tuple[Tensor, torch.cuda.Event | None]:
+    @torch.inference_mode()
+    def _snapshot(self, ready: list[_Active]) -> _Snapshot | None:
         """The counts of images whose look is due, on their way to the host; the last row says if all logits were finite."""
+        if not ready:
+            return None
         slots = self._sent(torch.tensor([active.slot for active in ready]))
         table = torch.cat([self._counts[slots], self._sum.isfinite().long().expand(1, self.classes)])
         if self.device.type != "cuda":
@@ -313,8 +238,12 @@ class Sampler:
         event.record(torch.cuda.current_stream(self.device))
         return host, event
 
-    def _look(self, ready: list[_Active], table: Tensor, event: torch.cuda.Event | None) -> list[Inquiry]:
+    @torch.inference_mode()
+    def _look(self, ready: list[_Active], snapshot: _Snapshot | None) -> list[Inquiry]:
         """Hands the counts to their inquiries; returns those that are done."""
+        if snapshot is None:
+            return []
+        table, event = snapshot
         if event is not None:
             event.synchronize()
         counts = table.numpy()
@@ -333,5 +262,5 @@ class Sampler:
         for active in done:
             self._active.remove(active)
             self._free.append(active.slot)
-            self._spare.pop((active.inquiry.key, (active.drawn - 1) // BLOCK), None)
+            self._blocks.forget(active.inquiry.key, active.drawn)
         return [active.inquiry for active in done]

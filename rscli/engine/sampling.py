@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from rscli.engine.devices import memory_layout, pick_device, precision_scope
+from rscli.engine.lanes import lanes_of
 from rscli.engine.modelfile import Model
+from rscli.engine.progress import Progress
 from rscli.engine.sample import Sampler
-from rscli.engine.tune import Choice, tune
+from rscli.engine.tune import Choice, Make, speed_of, try_compiled, tune
+from rscli.errors import RscliError
 
 BATCH = 256
 """The batch size of runs too short for a trial."""
+
+COMPILE_SECONDS = 600.0
+"""Runs that would take longer than this also try torch.compile, which itself takes up to a minute."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How samples are drawn. Only `precision`, `seed` and the kind of device change what a certificate rests on.
 
-    `batch` and `channels_last` are kept if given; if not, they are those of the run that is resumed, or found by a trial
-    (`autotune`; None: for long runs), or the usual ones.
+    `batch`, `channels_last` and `compile` are kept if given; if not, they are those of the run that is resumed, or found by a
+    trial (`autotune`; None: for long runs), or the usual ones. How many lanes there are is found likewise, and never more than
+    torch has threads.
     """
 
     device: str = "auto"
@@ -32,36 +40,82 @@ class SamplingOptions:
     channels_last: bool | None = None
     seed: int = 0
     autotune: bool | None = None
-    compile: bool = False
+    compile: bool | None = None
 
-    def sampler(self, model: Model, before: Mapping[str, Any], *, long: bool) -> tuple[Sampler, Choice]:
-        """A sampler of `model`, moved to the device; `before` is the `info` of a run that is continued.
+    def sampler(
+        self, model: Model, before: Mapping[str, Any], progress: Progress, *, samples: int, long: bool
+    ) -> tuple[Sampler, Choice]:
+        """A sampler of `model`, moved to the device, and how it was chosen.
 
-        Raises `InputError` for a device or precision that is not to be had.
+        `before` is the `info` of a run that is continued; `samples` are wanted in all, at most; only a `long` run is worth a
+        trial. Raises `InputError` for a device or precision that is not to be had, `RscliError` if torch.compile was asked
+        for and cannot compile.
         """
         device = pick_device(self.device)
         precision_scope(self.precision, device)
-        classifier: nn.Module = model.classifier.to(device)
-        shape, classes = model.card.spec.shape, len(model.card.spec.class_names)
+        shape = model.card.spec.shape
+        make = self._maker(model, device)
         batch = self.batch or before.get("batch")
         channels_last = self.channels_last if self.channels_last is not None else before.get("channels_last")
+        compiled = self.compile if self.compile is not None else before.get("compile")
+        most = 1 if before.get("lanes") == 1 else lanes_of(device)
         if self.autotune or (self.autotune is None and long and batch is None):
-            choice = tune(classifier, shape, device, self.precision, batch=batch, channels_last=channels_last)
+            choice = tune(make, device, shape, batch=batch, channels_last=channels_last, lanes=most)
         else:
-            choice = Choice(batch or BATCH, True if channels_last is None else channels_last)
-        classifier = classifier.to(memory_format=memory_layout(choice.channels_last))
-        if self.compile:
+            choice = Choice(batch or BATCH, True if channels_last is None else channels_last, most)
+        if compiled is None and self.precision != "bf16" and choice.speed and samples > COMPILE_SECONDS * choice.speed:
+            choice = _compiled_if_faster(make, choice, shape, progress)
+        elif compiled:
+            choice = _compiled(make, choice, shape)
+        return make(choice), choice
+
+    def _maker(self, model: Model, device: torch.device) -> Make:
+        """What makes the sampler of a choice. All samplers share the network; it is moved to the layout of the latest."""
+        classifier: nn.Module = model.classifier.to(device).eval()
+
+        @cache
+        def compiled() -> nn.Module:
             # one static shape; on CUDA, "reduce-overhead" replays the forward as a CUDA graph
             mode = "reduce-overhead" if device.type == "cuda" else "default"
-            classifier = cast(nn.Module, torch.compile(classifier, mode=mode, dynamic=False))
-        sampler = Sampler(
-            classifier,
-            model.noise,
-            classes,
-            seed=self.seed,
-            batch=choice.batch,
-            device=device,
-            precision=self.precision,
-            channels_last=choice.channels_last,
-        )
-        return sampler, choice
+            return cast(nn.Module, torch.compile(classifier, mode=mode, dynamic=False))
+
+        def make(choice: Choice) -> Sampler:
+            classifier.to(memory_format=memory_layout(choice.channels_last))
+            return Sampler(
+                compiled() if choice.compiled else classifier,
+                model.noise,
+                len(model.card.spec.class_names),
+                seed=self.seed,
+                batch=choice.batch,
+                device=device,
+                precision=self.precision,
+                channels_last=choice.channels_last,
+                lanes=choice.lanes,
+            )
+
+        return make
+
+
+def _compiled_if_faster(make: Make, choice: Choice, shape: tuple[int, int, int], progress: Progress) -> Choice:
+    """Tries torch.compile; where it does not work (no compiler, an operation that it does not know), the run does without."""
+    try:
+        return try_compiled(make, choice, shape)
+    except Exception as cause:  # it fails in many ways, none of which matters here
+        progress.note(f"trial: torch.compile does not work here and is left out ({_first_line(cause)})")
+        return choice
+
+
+def _compiled(make: Make, choice: Choice, shape: tuple[int, int, int]) -> Choice:
+    """`choice`, compiled, with its speed. Raises `RscliError` where that does not work."""
+    choice = replace(choice, compiled=True)
+    try:
+        return replace(choice, speed=speed_of(make, choice, shape))
+    except RscliError:
+        raise
+    except Exception as cause:
+        hint = "Use --no-compile: the rows are the same but for last-bit ties of the network."
+        raise RscliError(f"torch.compile cannot compile this model here: {_first_line(cause)}", hint) from cause
+
+
+def _first_line(cause: Exception) -> str:
+    return next(iter(str(cause).strip().splitlines()), type(cause).__name__)

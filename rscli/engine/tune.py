@@ -1,100 +1,145 @@
-"""How to run a network fastest here: a trial of a second or two, over batch sizes and memory layouts.
+"""How to sample fastest here: a trial of a second or two, over memory layouts, batch sizes and lanes, and maybe torch.compile.
 
 The best choice differs by machine and network (certification.md measured factors of 4 to 6 on one CPU), so it is measured and
-reported, not assumed.
+reported, not assumed. What is measured is the engine itself, noise and counting included.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rscli.engine.devices import memory_layout, precision_scope
+from rscli.engine.inquiry import Counts
+from rscli.engine.sample import Sampler
 
 BATCHES = {"cpu": (64, 128, 256, 512), "cuda": (256, 512, 1024, 2048, 4096, 8192), "mps": (128, 256, 512, 1024)}
 TRIAL_SECONDS = 0.15
-"""The least time for one candidate."""
+"""The least time for one candidate, after its first batches."""
 
+SLOW_SECONDS = 1.0
+"""A batch that takes longer is not tried at twice the size: what there is to gain was gained long before."""
 
-BATCH_SECONDS = 2e-4
-"""What the engine does for a batch besides its samples (assembling, counting); measured on a CPU."""
+CLEARLY = 1.05
+"""By what factor torch.compile must be faster: it costs its own time, and another network in the last bits."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A batch size, a layout, and the forwards' samples a second that a trial measured (None: not tried)."""
+    """How batches are classified: their size, memory layout, how many lanes side by side, and whether by torch.compile.
+
+    `speed`: the samples a second that a trial measured (None: not tried).
+    """
 
     batch: int
     channels_last: bool
+    lanes: int = 1
+    compiled: bool = False
     speed: float | None = None
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        lanes = "" if self.lanes == 1 else f", {self.lanes} side by side"
+        return f"batch {self.batch}, {layout}{lanes}{', compiled' if self.compiled else ''}"
+
+
+Make = Callable[[Choice], Sampler]
+"""Makes the sampler of a choice."""
 
 
 def tune(
-    model: nn.Module,
-    shape: tuple[int, int, int],
-    device: torch.device,
-    precision: str,
-    *,
-    batch: int | None = None,
-    channels_last: bool | None = None,
+    make: Make, device: torch.device, shape: tuple[int, int, int], *, batch: int | None, channels_last: bool | None, lanes: int
 ) -> Choice:
-    """The fastest choice for `model` on images `shape` (channel, height, width); what is given is kept.
+    """The fastest choice for images `shape` (channel, height, width); what is given is kept, `lanes` is the most.
 
-    Both layouts are tried at one batch size, then the other batch sizes in the better layout, until one does not fit.
+    Both layouts are tried at one batch size, then the other batch sizes in the better layout, until one does not fit or is
+    slow; then a single lane, if there may be several.
     """
     sizes = (batch,) if batch else BATCHES.get(device.type, BATCHES["cpu"])
-    middle = sizes[len(sizes) // 2 - 1] if len(sizes) > 1 else sizes[0]
     layouts = (True, False) if channels_last is None else (channels_last,)
-    measured = [Choice(middle, layout, _speed(model, shape, device, precision, middle, layout)) for layout in layouts]
-    best = max(measured, key=_rank)
-    for size in sizes:
-        if size != middle:
-            speed = _speed(model, shape, device, precision, size, best.channels_last)
-            if speed is None:
-                break  # out of memory: larger ones are, too
-            best = max(best, Choice(size, best.channels_last, speed), key=_rank)
-    return best
+
+    def measured(choice: Choice) -> Choice:
+        return replace(choice, speed=speed_of(make, choice, shape))
+
+    best = max((measured(Choice(sizes[0], layout, lanes)) for layout in layouts), key=_rank)
+    for size in sizes[1:]:
+        if best.speed is None or size * best.lanes / 2 > SLOW_SECONDS * best.speed:
+            break
+        found = measured(Choice(size, best.channels_last, lanes))
+        if found.speed is None:
+            break  # out of memory: larger ones are, too
+        best = max(best, found, key=_rank)
+    return max(best, measured(replace(best, lanes=1)), key=_rank) if lanes > 1 else best
 
 
 def _rank(choice: Choice) -> float:
-    """Samples a second of the engine: the network's, less the time that is lost around every forward."""
-    return choice.batch / (choice.batch / choice.speed + BATCH_SECONDS) if choice.speed else 0.0
+    return choice.speed or 0.0
 
 
-def _speed(
-    model: nn.Module, shape: tuple[int, int, int], device: torch.device, precision: str, batch: int, channels_last: bool
-) -> float | None:
-    """Samples a second of the bare network; None if the batch does not fit into memory."""
-    layout = memory_layout(channels_last)
+def try_compiled(make: Make, choice: Choice, shape: tuple[int, int, int]) -> Choice:
+    """`choice`, or the same compiled if that is clearly faster. Raises whatever torch.compile raises."""
+    speed = speed_of(make, replace(choice, compiled=True), shape)
+    faster = speed is not None and speed > CLEARLY * _rank(choice)
+    return replace(choice, compiled=True, speed=speed) if faster else choice
+
+
+def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int]) -> float | None:
+    """Samples a second of the whole engine; None if the batch does not fit into memory."""
+    sampler = make(choice)
+    trial = _Trial(sampler, shape)
     try:
-        model.to(memory_format=layout)
-        images = torch.zeros(batch, *shape, device=device).contiguous(memory_format=layout)
-        with torch.inference_mode(), precision_scope(precision, device):
-            return batch / min(_timed(lambda: model(images), device))
+        for _ in sampler.run((_Endless(trial, key) for key in range(choice.lanes + 2)), trial.over):
+            pass
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
         return None
+    finally:
+        if sampler.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return trial.speed if sampler.batch == choice.batch else None  # it was halved: out of memory
 
 
-def _timed(forward: Callable[[], Tensor], device: torch.device) -> Iterator[float]:
-    """Seconds of each of at least two forwards, after one that is not counted."""
-    forward()
-    _wait(device)
-    began, count = time.perf_counter(), 0
-    while count < 2 or time.perf_counter() - began < TRIAL_SECONDS:
-        start = time.perf_counter()
-        forward()
-        _wait(device)
-        count += 1
-        yield time.perf_counter() - start
+class _Trial:
+    """Counts the samples of endless inquiries, from when every lane has done a batch."""
+
+    def __init__(self, sampler: Sampler, shape: tuple[int, int, int]) -> None:
+        self.sampler, self.shape = sampler, shape
+        self.samples = 0
+        self.speed: float | None = None
+        self._start: tuple[int, float] | None = None
+
+    def over(self) -> bool:
+        """Asked before every batch: whether enough was seen."""
+        now, round_ = time.perf_counter(), self.sampler.batch * self.sampler.lanes
+        if self._start is None:
+            if self.samples >= 2 * round_:
+                self._start = self.samples, now
+            return False
+        samples, seconds = self.samples - self._start[0], now - self._start[1]
+        if samples < 2 * round_ or seconds < TRIAL_SECONDS:
+            return False
+        self.speed = samples / seconds
+        return True
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+@dataclass
+class _Endless:
+    """An image that wants batch after batch: the host reads its counts after each, so that no time is measured ahead."""
+
+    trial: _Trial
+    key: int
+    wanted: int = field(init=False)
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        self.wanted = self.trial.sampler.batch
+
+    def image(self) -> Tensor:
+        return torch.zeros(self.trial.shape)
+
+    def receive(self, counts: Counts) -> bool:
+        self.trial.samples += self.trial.sampler.batch
+        self.wanted += self.trial.sampler.batch
+        return False
