@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from typer.testing import CliRunner
+from victims import BEGUN, ROW, STEP_SECONDS, TOGETHER, kill
 
 from rscli.cli.app import app
 from rscli.config.layers import resolve
@@ -30,6 +32,7 @@ from rscli.engine.parts import parts_of
 from rscli.engine.progress import Silent
 from rscli.engine.ranks import Alone, Together, join
 from rscli.engine.results import read_results
+from rscli.engine.rows import HEADER
 from rscli.engine.train import TrainOptions, train
 from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError
@@ -200,11 +203,17 @@ def kill_after(written: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ResultWriter, "__init__", torn)
 
 
+def written(out: Path) -> set[tuple[str, ...]]:
+    """The whole rows of a result and its parts, without the column `time`."""
+    files = [path for path in (out, *parts_of(out)) if path.exists()]
+    cells = [line.split("\t") for path in files for line in path.read_text().split("\n")[:-1]]
+    where = HEADER.split("\t").index("time")
+    return {(*row[:where], *row[where + 1 :]) for row in cells if row[0] != "idx"}
+
+
 def decided(out: Path) -> set[str]:
     """The indices of the whole rows of a result and its parts."""
-    files = [path for path in (out, *parts_of(out)) if path.exists()]
-    lines = [line for path in files for line in path.read_text().split("\n")[:-1]]
-    return {line.split("\t")[0] for line in lines} - {"idx"}
+    return {index for index, *_ in written(out)}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -239,12 +248,8 @@ def test_a_run_killed_before_its_protocol_was_written(model, whole, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_bytes_lose_nothing(model, whole, tmp_path, monkeypatch):
-    """A simulation: the process is not killed, but a write to the result file ends at a random byte, and the run with it.
-
-    That is all that kill -9 can leave behind, as rows are appended unbuffered; the starts of real processes (some of the tests
-    below) would take minutes here. One to three ranks, by lot.
-    """
+def test_fifty_writes_torn_at_random_bytes_lose_nothing(model, whole, tmp_path, monkeypatch):
+    """A simulation of what real kills hardly ever hit: a write ends at a random byte, and the run with it. 1 to 3 ranks."""
     out, source = tmp_path / "r.tsv", random.Random(4)
     length = {line.split("\t")[0]: len(line) + 1 for line in whole.read_text().splitlines()[1:]}
     for kills in range(50):
@@ -340,6 +345,7 @@ def test_shards_that_cannot_be_are_refused(model, tmp_path, shard, said):
 # --- real processes, really killed -------------------------------------------------------------------------------------------
 
 PATIENCE = 90.0
+MANY = {"skip": 3, "max": 120}
 LONG = {"certifier": {"name": "cohen", "n": 2000, "n0": 50, "alpha": 0.01}}
 CERTIFY = [
     "--n",
@@ -402,22 +408,58 @@ def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     assert process.poll() is None, f"it ended before it could be killed:\n{process.communicate()[1]}"
 
 
+@pytest.fixture(scope="module")
+def many(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `whole`, of enough images for fifty kills."""
+    out = tmp_path_factory.mktemp("many") / "results.tsv"
+    certify(options(model, out, **MANY), Silent())
+    return out
+
+
 @POSIX
 @pytest.mark.slow
-def test_five_real_kills_lose_nothing(model, long, tmp_path, ends):
-    out, source = tmp_path / "r.tsv", random.Random(1)
-    for _ in range(5):
-        process = start(tmp_path, "rscli", "certify", str(model), *CERTIFY, "--out", str(out), "--resume", "--quiet")
-        ends.begun.append(process)
-        aim = len(decided(out)) + source.randrange(1, 6)
-        wait_for(lambda: len(decided(out)) >= aim, process)  # noqa: B023
-        time.sleep(source.random() * 0.02)
-        process.kill()
-        ends(process)
-        assert process.returncode == -signal.SIGKILL
-    assert len(decided(out)) < IMAGES
-    certify(options(model, out, resume=True, **LONG), Silent())
-    finished_like(out, long)
+def test_fifty_kills_at_random_moments_lose_nothing(model, many, tmp_path):
+    """Runs of one or two processes by lot. Should a run be through before it was killed fifty times, another begins."""
+    source, moments, images = random.Random(4), Counter(), MANY["max"]
+    out = tmp_path / "0" / "r.tsv"
+    while (kills := moments.total()) < 50:
+        before = decided(out)
+        aim = source.randrange(max(1, min(images - len(before), 2 * (images - len(before)) // (50 - kills))))
+        world, store = source.choice((1, 1, 2)), tmp_path / f"store-{kills}-{out.parent.name}"
+        chosen = options(model, out, resume=True, **MANY)
+        killed = kill(chosen, world, store, source, *((ROW, aim, 0.02) if aim else (BEGUN, 1, 0.2)))
+        assert killed.codes == [-signal.SIGKILL] * world
+        after = decided(out)
+        assert before <= after
+        assert killed.rows <= len(after) - len(before) <= killed.rows + world, "a row that was written is lost, or one too many"
+        assert written(out) <= written(many)
+        if killed.finished:
+            finished_like(out, many)
+            out = tmp_path / str(kills) / "r.tsv"
+        else:
+            moments[killed.moment] += 1
+    assert moments["before the first row"] > 0
+    assert moments["between rows"] > 0
+    certify(options(model, out, resume=True, **MANY), Silent())
+    finished_like(out, many)
+
+
+@POSIX
+@pytest.mark.slow
+def test_kills_while_parts_are_put_together_lose_nothing(model, whole, tmp_path):
+    source, hit = random.Random(5), 0
+    for number in (1, 2, 3):
+        certify(options(model, tmp_path / "parts" / "r.tsv", shard=(number, 3)), Silent())
+    for number in range(12):
+        out = shutil.copytree(tmp_path / "parts", tmp_path / str(number)) / "r.tsv"
+        chosen, world = options(model, out, resume=True), source.choice((1, 2))
+        killed = kill(chosen, world, tmp_path / f"store-{number}", source, TOGETHER, 1, 4 * STEP_SECONDS)
+        assert killed.codes == [-signal.SIGKILL] * world
+        hit += not killed.finished
+        assert written(out) == written(whole)
+        certify(chosen, Silent())
+        finished_like(out, whole)
+    assert hit > 0
 
 
 @POSIX
