@@ -11,37 +11,37 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from certify_throughput import NETWORKS, Case, Way, bare, build_case, measure, ours, profile, ratio, sampler, usual
+from certify_throughput import NETWORKS, Case, Way, bare, build_case, chosen, maker, measure, ours, profile, ratio, usual
 
 from rscli.engine.devices import device_name, pick_device
 from rscli.engine.sample import Sampler
-from rscli.engine.tune import Choice, tune
+from rscli.engine.tune import Choice
 
 
 def compare(case: Case, *, target: float, rounds: int, compiled: bool) -> dict[str, Any]:
     """All figures of one network: samples a second, ratios to the reference and to the bare network, and a profile."""
     precisions = ("fp32", "tf32", "bf16") if case.device.type == "cuda" else ("fp32", "bf16")
-    chosen: dict[str, Choice] = {p: tune(case.model, case.shape, case.device, p) for p in precisions}
-    engines: dict[str, Sampler] = {f"ours {p}": sampler(case, chosen[p], p) for p in precisions}
+    choices: dict[str, Choice] = {p: chosen(case, p) for p in precisions}
+    engines: dict[str, Sampler] = {f"ours {p}": maker(case, p)(choices[p]) for p in precisions}
     if compiled:
-        engines |= {f"ours {p} compiled": sampler(case, chosen[p], p, compiled=True) for p in precisions}
+        engines |= {f"ours {p} compiled": maker(case, p)(replace(choices[p], compiled=True)) for p in precisions}
     ways: dict[str, Way] = {"usual fp32": usual(case)} | {name: ours(case, engine) for name, engine in engines.items()}
-    ways |= {f"bare {p}": bare(case, chosen[p], p) for p in precisions}
+    ways |= {f"bare {p}": bare(case, choices[p], p) for p in precisions}
     speeds = measure(ways, target=target, rounds=rounds)
     plain = "ours fp32"
     return {
         "network": case.name,
-        "batch": {p: choice.batch for p, choice in chosen.items()},
-        "channels_last": {p: choice.channels_last for p, choice in chosen.items()},
+        "choice": {p: str(choice) for p, choice in choices.items()},
         "samples_per_second": {name: median(values) for name, values in speeds.items()},
         "over_usual": {name: ratio(speeds, name, "usual fp32") for name in engines},
         "over_bare": {name: ratio(speeds, name, f"bare {name.split()[1]}") for name in engines},
-        "microseconds_per_sample": profile(engines[plain], ways[plain], max(4096, int(speeds[plain][0] * target))),
+        "microseconds_per_sample": profile(case, choices["fp32"], "fp32", max(4096, int(speeds[plain][0] * target))),
         "host_waits_inside_a_look": waits(case, engines[plain]),
     }
 
@@ -70,7 +70,7 @@ def _watched(launch: Callable[..., Any], *arguments: Any) -> Any:
 
 def show(found: dict[str, Any]) -> None:
     """Prints the figures of one network."""
-    print(f"\n{found['network']}: batch {found['batch']}, channels_last {found['channels_last']}")
+    print(f"\n{found['network']}: {found['choice']}")
     for name, speed in found["samples_per_second"].items():
         over = "".join(f"{found[key][name]:8.2f} x {text}" for key, text in OVER.items() if name in found[key])
         print(f"  {name:20} {speed:14,.0f} samples/s{over}")

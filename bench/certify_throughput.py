@@ -5,7 +5,8 @@
 
 All ways are measured in turn, round after round, in one run (A B C A B C ...), so that whatever else the machine does meets all
 of them; figures are medians over the rounds, ratios medians of each round's ratio. Weights are random: they do not matter for
-the speed. The bare network classifies one batch of noise drawn beforehand, in the layout and batch size that the trial chose.
+the speed. The bare network classifies one batch of noise drawn beforehand, in the layout that our trial chose, and in whatever
+batch size and number of lanes is fastest for it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -29,9 +30,10 @@ from torch import Tensor, nn
 from rscli.api import Architecture, Dataset, Noise, Question
 from rscli.engine.devices import device_name, memory_layout, pick_device, precision_scope
 from rscli.engine.inquiry import CertifierInquiry
+from rscli.engine.lanes import lanes, lanes_of
 from rscli.engine.network import build_classifier
 from rscli.engine.sample import Sampler
-from rscli.engine.tune import Choice, tune
+from rscli.engine.tune import BATCHES, Choice, Make, tune
 from rscli.registry import installed
 
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -88,21 +90,32 @@ def usual(case: Case) -> Way:
     return run
 
 
-def sampler(case: Case, choice: Choice, precision: str, *, compiled: bool = False) -> Sampler:
-    """Our engine, as `rscli certify` makes it."""
-    model: Any = case.network(choice.channels_last)
-    if compiled:
-        model = torch.compile(model, mode="reduce-overhead" if case.device.type == "cuda" else "default", dynamic=False)
-    return Sampler(
-        model,
-        case.noise,
-        case.classes,
-        seed=0,
-        batch=choice.batch,
-        device=case.device,
-        precision=precision,
-        channels_last=choice.channels_last,
-    )
+def maker(case: Case, precision: str) -> Make:
+    """What makes our engine, as `rscli certify` does."""
+
+    def make(choice: Choice) -> Sampler:
+        model: Any = case.network(choice.channels_last)
+        if choice.compiled:
+            model = torch.compile(model, mode="reduce-overhead" if case.device.type == "cuda" else "default", dynamic=False)
+        return Sampler(
+            model,
+            case.noise,
+            case.classes,
+            seed=0,
+            batch=choice.batch,
+            device=case.device,
+            precision=precision,
+            channels_last=choice.channels_last,
+            lanes=choice.lanes,
+        )
+
+    return make
+
+
+def chosen(case: Case, precision: str) -> Choice:
+    """What the trial of a long run chooses."""
+    make = maker(case, precision)
+    return tune(make, case.device, case.shape, batch=None, channels_last=None, lanes=lanes_of(case.device))
 
 
 def ours(case: Case, sampling: Sampler) -> Way:
@@ -124,14 +137,34 @@ def bare(case: Case, choice: Choice, precision: str) -> Way:
     """The network alone, again and again on one batch drawn beforehand: no way of certifying with it can be faster."""
     images = torch.randn(choice.batch, *case.shape, device=case.device)
     images = images.contiguous(memory_format=memory_layout(choice.channels_last))
-    model = case.network(choice.channels_last)
+    model: Any = case.network(choice.channels_last)
+    if choice.compiled:
+        model = torch.compile(model, mode="reduce-overhead" if case.device.type == "cuda" else "default", dynamic=False)
 
-    def run(samples: int) -> None:
+    def batches(count: int) -> None:
         with torch.inference_mode(), precision_scope(precision, case.device):
-            for _ in range(math.ceil(samples / choice.batch)):
+            for _ in range(count):
                 model(images)
 
+    def run(samples: int) -> None:
+        each = math.ceil(samples / choice.batch / choice.lanes)
+        with lanes(choice.lanes) as pool:
+            if pool is None:
+                batches(each)
+            else:
+                list(pool.map(batches, [each] * choice.lanes))
+
     return run
+
+
+def fastest_bare(case: Case, choice: Choice, precision: str) -> Choice:
+    """The batch size and lanes with which the network alone is fastest, in the layout of `choice`; a compiled one stays."""
+    if choice.compiled:
+        return choice
+    several = {1, lanes_of(case.device)}
+    candidates = [replace(choice, batch=b, lanes=k) for b in BATCHES[case.device.type] for k in several]
+    speeds = measure({str(c): bare(case, c, precision) for c in candidates}, target=0.4, rounds=3)
+    return max(candidates, key=lambda c: median(speeds[str(c)]))
 
 
 def measure(ways: dict[str, Way], *, target: float, rounds: int) -> dict[str, list[float]]:
@@ -152,8 +185,18 @@ def ratio(speeds: dict[str, list[float]], above: str, below: str) -> float:
     return median(a / b for a, b in zip(speeds[above], speeds[below], strict=True))
 
 
-def profile(sampling: Sampler, way: Way, samples: int) -> dict[str, float]:
-    """Microseconds a sample in each part of the engine; on a GPU every part is waited for, which `way` alone does not do."""
+def profile(case: Case, choice: Choice, precision: str, samples: int) -> dict[str, float]:
+    """Microseconds a sample in each part of the engine, on one processor of a CPU; on a GPU every part is waited for."""
+    before = torch.get_num_threads()
+    if case.device.type == "cpu":
+        torch.set_num_threads(1)  # as in a lane
+    try:
+        return _profile(case, maker(case, precision)(replace(choice, lanes=1)), samples)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _profile(case: Case, sampling: Any, samples: int) -> dict[str, float]:
     spent = {"noise": 0.0, "assembling": 0.0, "forward": 0.0, "counting": 0.0}
 
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,52 +210,55 @@ def profile(sampling: Sampler, way: Way, samples: int) -> dict[str, float]:
 
         return run
 
-    kept = {name: getattr(sampling, name) for name in ("model", "noise", "_assemble", "_count")}
-    changed: Any = sampling
-    changed.noise = SimpleNamespace(sample=timed("noise", sampling.noise.sample))
-    changed.model, changed._count = timed("forward", sampling.model), timed("counting", sampling._count)
-    changed._assemble = timed("assembling", sampling._assemble)
-    before = sampling.samples
+    way = ours(case, sampling)
+    way(8 * sampling.batch)  # warm
+    sampling._blocks.noise = SimpleNamespace(sample=timed("noise", case.noise.sample))
+    sampling.model, sampling._count = timed("forward", sampling.model), timed("counting", sampling._count)
+    sampling._assemble = timed("assembling", sampling._assemble)
+    sampling.samples = 0
     whole = seconds(lambda: way(samples))
-    vars(sampling).update(kept)
     spent["assembling"] -= spent["noise"]
     spent["rest"] = whole - sum(spent.values())
-    return {part: 1e6 * value / (sampling.samples - before) for part, value in spent.items()}
+    return {part: 1e6 * value / sampling.samples for part, value in spent.items()}
 
 
 def compare(case: Case, *, target: float, rounds: int, compiled: bool) -> dict[str, Any]:
     """All figures of one network."""
-    chosen = {precision: tune(case.model, case.shape, case.device, precision) for precision in ("fp32", "bf16")}
-    engines = {f"ours {precision}": sampler(case, choice, precision) for precision, choice in chosen.items()}
+    choices = {f"ours {precision}": chosen(case, precision) for precision in ("fp32", "bf16")}
     if compiled:
-        engines["ours fp32 compiled"] = sampler(case, chosen["fp32"], "fp32", compiled=True)
-    ways = {"usual fp32": usual(case)} | {name: ours(case, engine) for name, engine in engines.items()}
-    ways |= {f"bare {precision}": bare(case, choice, precision) for precision, choice in chosen.items()}
+        choices |= {f"{name} compiled": replace(choice, compiled=True) for name, choice in choices.items()}
+    precisions = {name: name.split()[1] for name in choices}
+    limits = {name: fastest_bare(case, choice, precisions[name]) for name, choice in choices.items()}
+    ways = {"usual fp32": usual(case)}
+    ways |= {name: ours(case, maker(case, precisions[name])(choice)) for name, choice in choices.items()}
+    bares = {name: name.replace("ours", "bare") for name in choices}
+    ways |= {bares[name]: bare(case, limit, precisions[name]) for name, limit in limits.items()}
     speeds = measure(ways, target=target, rounds=rounds)
-    pairs = [(name, "usual fp32") for name in engines]
-    pairs += [(name, f"bare {name.split()[1]}") for name in engines]
+    pairs = [(name, "usual fp32") for name in choices] + list(bares.items())
     return {
         "network": case.name,
-        "choice": {precision: [choice.batch, choice.channels_last] for precision, choice in chosen.items()},
+        "choice": {name: str(choice) for name, choice in choices.items()}
+        | {bares[name]: str(limit) for name, limit in limits.items()},
         "samples_per_second": {name: median(values) for name, values in speeds.items()},
         "ratios": {f"{a} / {b}": ratio(speeds, a, b) for a, b in pairs},
         "microseconds_per_sample": {
-            name: profile(engine, ways[name], max(4096, int(speeds[name][0] * target))) for name, engine in engines.items()
+            name: profile(case, choice, precisions[name], max(4096, int(speeds[name][0] * target)))
+            for name, choice in choices.items()
         },
     }
 
 
 def show(found: dict[str, Any]) -> None:
     """Prints the figures of one network."""
-    chosen = ", ".join(f"{p}: batch {b} {'channels_last' if c else 'contiguous'}" for p, (b, c) in found["choice"].items())
-    print(f"\n{found['network']} ({chosen})")
+    print(f"\n{found['network']}")
     for name, speed in found["samples_per_second"].items():
-        print(f"  {name:20} {speed:12,.0f} samples/s")
+        print(f"  {name:20} {speed:12,.0f} samples/s   {found['choice'].get(name, '')}")
     for name, value in found["ratios"].items():
         print(f"  {name:40} {value:6.2f}")
     for name, parts in found["microseconds_per_sample"].items():
         whole = sum(parts.values())
-        print(f"  {name}: " + ", ".join(f"{part} {value:.2f} us ({value / whole:.1%})" for part, value in parts.items()))
+        shares = ", ".join(f"{part} {value:.2f} us ({value / whole:.1%})" for part, value in parts.items())
+        print(f"  {name}, one processor: {shares}")
 
 
 def main() -> None:
