@@ -119,19 +119,20 @@ def test_what_is_given_is_kept(kept, tried, monkeypatch):
     assert set(network.tried) == tried
 
 
-@pytest.mark.parametrize("faster", [1, 3])
-def test_one_lane_or_as_many_as_there_are_threads(faster, monkeypatch):
+@pytest.mark.parametrize(("threads", "tried"), [(1, [1]), (3, [3, 1]), (4, [4, 1]), (16, [16, 1, 4])])
+@pytest.mark.parametrize("best", [0, -1])
+def test_one_lane_or_as_many_as_there_are_threads_or_some(threads, tried, best, monkeypatch):
     """How fast each is, is pretended: real lanes share the clock."""
     asked = []
 
     def speed_of(make, choice, shape):
         asked.append(choice)
-        return 2000.0 if choice.lanes == faster else 1000.0
+        return 2000.0 if choice.lanes == tried[best] else 1000.0
 
     monkeypatch.setattr(tune, "speed_of", speed_of)
-    chosen = tune.tune(lambda choice: None, CPU, SHAPE, batch=64, channels_last=True, lanes=3)
-    assert (chosen.lanes, chosen.speed) == (faster, 2000.0)
-    assert [choice.lanes for choice in asked] == [3, 1]
+    chosen = tune.tune(lambda choice: None, CPU, SHAPE, batch=64, channels_last=True, lanes=threads)
+    assert (chosen.lanes, chosen.speed) == (tried[best], 2000.0)
+    assert [choice.lanes for choice in asked] == tried
 
 
 @pytest.mark.parametrize(("gain", "kept"), [(1.04, False), (1.06, True), (None, False)], ids=["barely", "clearly", "no-memory"])

@@ -58,11 +58,11 @@ class SamplingOptions:
         batch = self.batch or before.get("batch")
         channels_last = self.channels_last if self.channels_last is not None else before.get("channels_last")
         compiled = self.compile if self.compile is not None else before.get("compile")
-        most = 1 if before.get("lanes") == 1 else lanes_of(device)
+        lanes = min(lanes_of(device), before.get("lanes") or lanes_of(device))
         if self.autotune or (self.autotune is None and long and batch is None):
-            choice = tune(make, device, shape, batch=batch, channels_last=channels_last, lanes=most)
+            choice = tune(make, device, shape, batch=batch, channels_last=channels_last, lanes=lanes)
         else:
-            choice = Choice(batch or BATCH, True if channels_last is None else channels_last, most)
+            choice = Choice(batch or BATCH, True if channels_last is None else channels_last, lanes)
         if compiled is None and self.precision != "bf16" and choice.speed and samples > COMPILE_SECONDS * choice.speed:
             choice = _compiled_if_faster(make, choice, shape, progress)
         elif compiled:

@@ -56,7 +56,7 @@ def tune(
     """The fastest choice for images `shape` (channel, height, width); what is given is kept, `lanes` is the most.
 
     Both layouts are tried at one batch size, then the other batch sizes in the better layout, until one does not fit or is
-    slow; then a single lane, if there may be several.
+    slow; then fewer lanes, each with more of torch's threads.
     """
     sizes = (batch,) if batch else BATCHES.get(device.type, BATCHES["cpu"])
     layouts = (True, False) if channels_last is None else (channels_last,)
@@ -72,7 +72,8 @@ def tune(
         if found.speed is None:
             break  # out of memory: larger ones are, too
         best = max(best, found, key=_rank)
-    return max(best, measured(replace(best, lanes=1)), key=_rank) if lanes > 1 else best
+    fewer = {lanes // 4, 1} - {0, lanes}
+    return max((best, *(measured(replace(best, lanes=count)) for count in sorted(fewer))), key=_rank)
 
 
 def _rank(choice: Choice) -> float:
