@@ -27,15 +27,18 @@ from victims import BEGUN, ROW, STEP_SECONDS, TOGETHER, kill
 from rscli.cli.app import app
 from rscli.config.layers import resolve
 from rscli.engine import certify as certifying
-from rscli.engine.certify import CertifyOptions, SamplingOptions, certify
+from rscli.engine.certify import CertifyOptions, SamplingOptions, _Run, certify
 from rscli.engine.parts import parts_of
 from rscli.engine.progress import Silent
 from rscli.engine.ranks import Alone, Together, join
 from rscli.engine.results import read_results
-from rscli.engine.rows import HEADER
+from rscli.engine.rows import HEADER, Row
+from rscli.engine.sample import Sampler
+from rscli.engine.signals import StopRequest
 from rscli.engine.train import TrainOptions, train
 from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError
+from rscli.registry import installed
 
 IMAGES = 40
 POSIX = pytest.mark.skipif(
@@ -132,9 +135,104 @@ def certify_together(chosen: CertifyOptions, world: int, monkeypatch: pytest.Mon
 
 def test_every_image_goes_to_one_rank_and_counters_are_shared():
     store = Counters()
-    first, second = (Together(store, rank, 2).hand_out(range(5, 50)) for rank in (0, 1))
+    first, second = (Together(store, rank, 2).hand_out(range(5, 50), lambda: 0) for rank in (0, 1))
     assert sorted([next(first), next(second), *first, *second]) == list(range(5, 50))
     assert [Together(store, 0, 2).add("a", 2), Together(store, 1, 2).add("a", 3)] == [2, 5]
+
+
+def test_nobody_opens_more_images_than_an_even_share_of_those_left():
+    store, mine = Counters(), [list[int](), list[int]()]
+    first, second = (Together(store, rank, 2).hand_out(range(30), lambda rank=rank: len(mine[rank])) for rank in (0, 1))
+    mine[0] += iter(lambda: next(first), None)
+    mine[1] += iter(lambda: next(second), None)
+    assert [len(each) for each in mine] == [10, 7]  # 10 of 30 leave 20, and 7 of those 13: no more than half of what is left
+    assert (next(first), next(second)) == (None, None)
+    mine[1].clear()
+    assert next(second) == 17
+    mine[0].clear()
+    mine[1].clear()
+    assert [*first, *second] == list(range(18, 30))  # who has nothing open is never told to wait
+
+
+class Lockstep:
+    """Time, counted in forwards: of the ranks that are not done, the one that has done the fewest goes on."""
+
+    def __init__(self, world: int) -> None:
+        self.forwards = dict.fromkeys(range(world), 0)
+        self.changed = threading.Condition()
+
+    def forward(self, rank: int, amount: int = 1) -> None:
+        with self.changed:
+            self.forwards[rank] += amount
+            self.changed.notify_all()
+            assert self.changed.wait_for(
+                lambda: rank == min(self.forwards, key=lambda other: (self.forwards[other], other)), 60
+            )
+
+    def done(self, rank: int) -> None:
+        with self.changed:
+            self.forwards.pop(rank, None)
+            self.changed.notify_all()
+
+
+class Costly:
+    """An inquiry that needs 50 samples, and of every eighth image a hundredfold, by lot."""
+
+    image, fresh = staticmethod(lambda: torch.zeros(1, 1, 1)), False
+
+    def __init__(self, key: int) -> None:
+        self.key, self.wanted = key, 50
+        self.most = 5000 if random.Random(key).random() < 1 / 8 else 50
+
+    def receive(self, counts) -> bool:
+        enough, self.wanted = self.wanted == self.most, self.most
+        return enough
+
+
+class Costs:
+    """In place of images and of the result file, which is closed when all images are done."""
+
+    inquire, path, rows, done = Costly, Path("r.tsv"), (), frozenset()
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        self.close = close
+
+    def row(self, inquiry, seconds: float) -> Row:
+        return Row(inquiry.key, 0, 0, 0.0, True, seconds)
+
+    def append(self, row: Row) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("world", "batch", "images"), [(2, 4096, 100), (8, 2048, 200)])
+def test_samples_are_balanced_though_images_differ_a_hundredfold_and_a_batch_holds_many(world, batch, images):
+    store, clock, samples = Counters(), Lockstep(world), [0] * world
+    noise = installed().build("noises", {"name": "gaussian", "sigma": 0.5})
+
+    def work(rank: int) -> None:
+        def network(images):
+            clock.forward(rank)
+            return images.reshape(batch, 1).expand(batch, 2)
+
+        sampler = Sampler(network, noise, 2, seed=0, batch=batch, device=torch.device("cpu"))
+        costs = Costs(lambda: clock.done(rank))
+        try:
+            clock.forward(rank, 0)
+            run = _Run(costs, sampler, costs, Together(store, rank, world), Silent(), StopRequest())
+            run.over(list(range(images)), merge=False)
+        finally:
+            samples[rank] = sampler.samples
+            clock.done(rank)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sum(samples) == sum(Costly(key).most for key in range(images))
+    mean = sum(samples) / world
+    assert 0.5 * mean < min(samples)
+    assert max(samples) < 1.25 * mean
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch):

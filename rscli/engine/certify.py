@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -156,19 +157,22 @@ class _Run:
         )  # fmt: skip
         self.score = Score(writer.rows)
         self.start = self.shown = self.decided = time.monotonic()
-        self.done = 0
+        self.done = self.opened = 0
 
     def over(self, wanted: list[int], *, merge: bool) -> Tally:
         """Certifies what is not decided yet of `wanted`; the first process puts the parts together, if `merge`."""
         todo = [index for index in wanted if index not in self.writer.done]
         self.done = len(wanted) - len(todo)
-        inquiries = map(self.images.inquire, self.ranks.hand_out(todo))
+        handed = self.ranks.hand_out(todo, lambda: self.opened)
+        # the sampler takes None as "nothing for now", and asks again for its next batch
+        inquiries = cast(Iterator[Inquiry], (None if index is None else self._inquire(index) for index in handed))
         self.progress.start("certify", len(wanted), self.done, "image")
         try:
             for inquiry in self.sampler.run(inquiries, self._tick):
                 before, self.decided = self.decided, time.monotonic()
                 row = self.images.row(cast(CertifierInquiry, inquiry), self.decided - before)
                 self.writer.append(row)
+                self.opened -= 1
                 self.score.add(row)
                 self.ranks.add("decided", 1)
             self._show()
@@ -190,6 +194,10 @@ class _Run:
             self.score = Score(self.writer.rows)
             samples = self.ranks.add("samples", 0)
         return self.score.tally(self.writer.path, samples, time.monotonic() - self.start)
+
+    def _inquire(self, index: int) -> Inquiry:
+        self.opened += 1
+        return self.images.inquire(index)
 
     def _tick(self) -> bool:
         """Before every batch: shows how far all processes are, now and then, and says whether to stop."""

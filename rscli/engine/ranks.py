@@ -1,6 +1,8 @@
 """Several processes, one certification: torchrun starts them, a shared counter hands out the images.
 
 Images can differ a hundredfold in cost, so nobody is given a share beforehand: whoever needs another image takes the next one.
+But nobody has more of them open than an even share of those that are left: a process opens many to fill its batches, and a few
+processes with large batches could take them all at once.
 The processes share nothing but torchrun's key-value store; there are no collectives that could wait for a dead peer, and it
 makes no difference whether they run on CPUs or GPUs. When one dies, torchrun ends the others, and `--resume` goes on.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from rscli.engine.signals import StopRequest
@@ -27,8 +29,11 @@ class Ranks(Protocol):
     rank: int
     world: int
 
-    def hand_out(self, images: Sequence[int]) -> Iterator[int]:
-        """The images that this process is to do, of a list that is the same in all; each image goes to one process."""
+    def hand_out(self, images: Sequence[int], opened: Callable[[], int]) -> Iterator[int | None]:
+        """The images that this process is to do, of a list that is the same in all; each image goes to one process.
+
+        None says: not now, ask again when some of the images that this process has open (`opened` says how many) are done.
+        """
 
     def add(self, name: str, amount: int) -> int:
         """Adds to the counter `name` of all processes, and returns its value."""
@@ -45,7 +50,7 @@ class Alone:
     def __init__(self) -> None:
         self._counters: dict[str, int] = {}
 
-    def hand_out(self, images: Sequence[int]) -> Iterator[int]:
+    def hand_out(self, images: Sequence[int], opened: Callable[[], int]) -> Iterator[int | None]:
         """All of them."""
         return iter(images)
 
@@ -64,10 +69,13 @@ class Together:
     def __init__(self, store: Store, rank: int, world: int) -> None:
         self._store, self.rank, self.world = store, rank, world
 
-    def hand_out(self, images: Sequence[int]) -> Iterator[int]:
-        """The next image that nobody has taken, whenever one is wanted."""
-        while (place := self.add("next image", 1) - 1) < len(images):
-            yield images[place]
+    def hand_out(self, images: Sequence[int], opened: Callable[[], int]) -> Iterator[int | None]:
+        """The next image that nobody has taken, unless as many are open here as an even share of those."""
+        while (left := len(images) - self.add("next image", 0)) > 0:
+            if opened() >= max(1, left / self.world):
+                yield None
+            elif (place := self.add("next image", 1) - 1) < len(images):
+                yield images[place]
 
     def add(self, name: str, amount: int) -> int:
         """Counts in the store."""
