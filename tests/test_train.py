@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from rscli.engine.modelfile import load_model
 from rscli.engine.progress import Silent
 from rscli.engine.train import Trainer, TrainOptions, attacked, frozen, outlook, train
 from rscli.errors import InputError, PluginError, RscliError, Stopped
+from rscli.registry import installed
 
 SETTINGS = {
     "data.name": "digits",
@@ -227,26 +229,77 @@ class Cropping(Attack):
         return step.images[..., 1:]
 
 
+class Outside(Attack):
+    """Adds `by` to every pixel, whatever comes of it; NaN at 100."""
+
+    by: float
+
+    def perturb(self, step: TrainStep) -> torch.Tensor:
+        return step.images + (self.by if self.by < 100 else torch.nan)
+
+
 def a_step() -> TrainStep:
-    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(8, 2))
     network[0].eval()  # a mixture of modes and needs must come back exactly
-    network[3].bias.requires_grad_(False)
-    images = torch.rand(5, 1, 4, 4)
-    return TrainStep(
-        network, images, torch.zeros(5, dtype=torch.int64), torch.zeros(2, 5, 1, 4, 4), 0.5, 0, 0, torch.Generator()
-    )
+    network[4].bias.requires_grad_(False)
+    images, noise = torch.rand(5, 1, 4, 4), 0.5 * torch.randn(2, 5, 1, 4, 4)
+    return TrainStep(network, images, torch.zeros(5, dtype=torch.int64), noise, 0.5, 0, 0, torch.Generator())
 
 
-def test_an_attack_leaves_nothing_behind():
+def smoothadv(name: str) -> Attack:
+    return installed().build("attacks", {"name": name, "epsilon": 1.0, "steps": 3, "warmup": 0})
+
+
+REAL = ["pgd", "ddn", "gradient-free"]
+
+
+@pytest.mark.parametrize("attack", [Half(), *map(smoothadv, REAL)], ids=["contract", *REAL])
+def test_an_attack_leaves_nothing_behind(attack):
+    """Modes, needs of gradients, gradients, and buffers: the statistics of batch normalisation are those of training alone."""
     step = a_step()
     modes = [module.training for module in step.model.modules()]
     needs = [p.requires_grad for p in step.model.parameters()]
-    buffers = {name: value.clone() for name, value in step.model.state_dict().items()}
-    torch.testing.assert_close(attacked(Half(), step), step.images / 2)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    assert {"1.running_mean", "1.running_var", "1.num_batches_tracked"} <= before.keys()
+    random = torch.get_rng_state()
+    moved = attacked(attack, step)
+    assert not moved.requires_grad
     assert [module.training for module in step.model.modules()] == modes
     assert [p.requires_grad for p in step.model.parameters()] == needs
-    assert all(torch.equal(buffers[name], value) for name, value in step.model.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in step.model.state_dict().items())
     assert all(p.grad is None for p in step.model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)  # dropout drew nothing: it was off
+
+
+@pytest.mark.parametrize("attack", REAL)
+def test_training_on_attacked_images_is_training_on_what_the_attack_returned(tmp_path, monkeypatch, attack):
+    """One step with the attack, and one without it on the moved images: the same weights and statistics, to the bit."""
+    sets = {"arch__name": "cifar-resnet", "arch__depth": "8", "loss__name": "gaussian", "loss__lbd": "", "loss__m": "2"}
+    plain = trainer(settings(**sets), tmp_path)
+    smooth = {"attack__name": attack, "attack__epsilon": "1.0", "attack__steps": "3", "attack__warmup": "0"}
+    made, moved = trainer(settings(**sets, **smooth), tmp_path), []
+    monkeypatch.setattr("rscli.engine.train.attacked", lambda *a: moved.append(attacked(*a)) or moved[0])
+    images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
+    made._step(images, labels, 0)
+    plain._step(moved[0], labels, 0)
+    assert attack == "ddn" or not torch.equal(moved[0], images)  # DDN stays where an untrained network is wrong already
+    ours, theirs = made.classifier.state_dict(), plain.classifier.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours["network.bn1.num_batches_tracked"] == 1
+
+
+def test_the_attack_and_the_loss_see_the_same_noise(tmp_path, monkeypatch):
+    resolved, seen = settings(loss__name="gaussian", loss__lbd=""), []
+    resolved.plugins.update(loss=Recording(m=2), attack=Half())
+    Recording.seen = []
+    monkeypatch.setattr("rscli.engine.train.attacked", lambda attack, step: seen.append(step) or attacked(attack, step))
+    images, labels = torch.rand(4, 1, 28, 28), torch.arange(4)
+    trainer(resolved, tmp_path)._step(images, labels, 0)
+    (before,), (after,) = seen, Recording.seen
+    assert before.noise is after.noise
+    assert (before.labels is labels, after.labels is labels) == (True, True)
+    assert torch.equal(before.images, images)
+    assert torch.equal(after.images, images / 2)
 
 
 def test_the_model_is_restored_when_an_attack_raises():
@@ -260,6 +313,13 @@ def test_the_model_is_restored_when_an_attack_raises():
 def test_an_attack_that_changes_the_shape_is_named():
     with pytest.raises(PluginError, match="Cropping"):
         attacked(Cropping(), a_step())
+
+
+@pytest.mark.parametrize(("by", "says"), [(0.5, "to 1.5"), (-0.5, "from -0.5"), (100, "nan")], ids=["above", "below", "nan"])
+def test_an_attack_that_leaves_the_box_is_named(by, says):
+    step = replace(a_step(), images=torch.linspace(0, 1, 80).view(5, 1, 4, 4))
+    with pytest.raises(PluginError, match=f"Outside returned pixels.*{says}.*must be in"):
+        attacked(Outside(by=by), step)
 
 
 def test_a_model_that_no_run_wrote_is_kept(tmp_path):

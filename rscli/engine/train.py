@@ -211,13 +211,16 @@ class Trainer:
 def attacked(attack: Attack, step: TrainStep) -> Tensor:
     """The images (batch, channel, height, width) that `attack` moves, checked; the model is left as it was.
 
-    Raises `PluginError` if the attack returns another shape or pixels outside [0, 1].
+    Raises `PluginError` if the attack returns another shape, or pixels outside [0, 1] or NaN.
     """
     with frozen(step.model):
         moved = attack.perturb(step).detach()
+    name = type(attack).__name__
     if moved.shape != step.images.shape:
-        name = type(attack).__name__
         raise PluginError(f"the attack {name} returned images of shape {tuple(moved.shape)}, not {tuple(step.images.shape)}")
+    low, high = torch.stack(torch.aminmax(moved)).tolist()  # the host waits once for a whole attack
+    if not (low >= 0 and high <= 1):  # NaN is neither
+        raise PluginError(f"the attack {name} returned pixels from {low:g} to {high:g}: they must be in [0, 1]")
     return moved
 
 
