@@ -50,7 +50,10 @@ class PluginError(RscliError):
 
 
 class Stopped(RscliError):
-    """A run that was told to stop, saved its state, and can be resumed (75 for SIGTERM, 130 for Ctrl-C)."""
+    """A run that was told to stop, saved its state, and can be resumed (75 for SIGTERM, 130 for Ctrl-C).
+
+    The message begins with "stopped", and is shown without a word in front.
+    """
 
     def __init__(self, message: str, hint: str | None = None, *, exit_code: int = 75) -> None:
         super().__init__(message, hint)

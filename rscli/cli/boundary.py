@@ -21,8 +21,7 @@ DEBUG = "RSCLI_DEBUG"
 def boundary(command: Callable[P, R]) -> Callable[P, R]:
     """Wraps a command: our own errors are printed without a traceback and answered with their exit code.
 
-    Ctrl-C answers 130, a closed pipe 0 (as `head` expects). Anything else is a defect and keeps its traceback, as does
-    everything with `--debug`.
+    Ctrl-C answers 130. Anything else is a defect and keeps its traceback, as does everything with `--debug`.
     """
 
     @functools.wraps(command)
@@ -32,24 +31,24 @@ def boundary(command: Callable[P, R]) -> Callable[P, R]:
         except RscliError as error:
             if os.environ.get(DEBUG):
                 raise
-            _show(error)
+            show(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
 
     return run
 
 
-def _show(error: RscliError) -> None:
+def show(error: RscliError) -> None:
+    """Prints an error, and what to do about it, to stderr."""
     from rscli.cli.output import stderr
 
     console = stderr()
-    word, style = ("stopped", "yellow") if isinstance(error, Stopped) else ("error", "red")
-    console.print(f"{word}:", style=f"bold {style}", end=" ")
-    console.print(error.message, markup=False)
+    if isinstance(error, Stopped):  # its message begins with that word
+        console.print(error.message, style="yellow", markup=False)
+    else:
+        console.print("error:", style="bold red", end=" ")
+        console.print(error.message, markup=False)
     if error.hint:
         console.print(error.hint, style="dim", markup=False)

@@ -25,11 +25,7 @@ def stdout() -> Console:
     """The console for answers. Not cut to a width when piped; NO_COLOR is honoured."""
     from rich.console import Console
 
-    class Pipe(Console):
-        def on_broken_pipe(self) -> None:  # rich would exit with 1; a reader who has seen enough is no failure
-            raise BrokenPipeError
-
-    return Pipe(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def stderr() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -10,38 +11,58 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rscli.errors import InputError
+from rscli.errors import InputError, RscliError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when there is no room: on the disk, for this user, or for so large a file."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While the body writes to `path`, what the system refuses becomes an error in words.
+
+    Raises `RscliError` if there is no room, which will pass, and `InputError` if the place is not one to write to.
+    """
+    try:
+        yield
+    except OSError as cause:
+        text = f"cannot write {path}: {cause.strerror or cause}"
+        if cause.errno in FULL:
+            hint = "Make room, and run the same command again; a run that has begun goes on with --resume."
+            raise RscliError(text, hint) from cause
+        hint = "Choose a place that is a folder, or can become one, and that you may write to."
+        raise InputError(text if cause.filename is None else f"{text} ({cause.filename})", hint) from cause
 
 
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
-    """Makes the folder of `path`; while the body opens a file there, what the system refuses becomes an `InputError`."""
-    try:
+    """Makes the folder of `path`; while the body opens a file there, raises as `writing` does."""
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as cause:
-        hint = "Choose a place that is a folder, or can become one, and that you may write to."
-        raise InputError(f"cannot write {path}: {cause.strerror} ({cause.filename})", hint) from cause
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a path beside `path` to write to; renames it to `path` at the end, or removes it if the body raises.
 
-    Raises `InputError` if nothing can be written there.
+    Raises as `writing` does; what was at `path` before is then still there.
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder, not a file to write to", "Name a file.")
+    if path.exists() and not path.is_file():  # renaming would put a file in the place of a device: /dev/null, for root
+        raise InputError(f"{path} is a device or a pipe, not a file to write to", "Name a file.")
     with opening(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     beside = Path(name)
     try:
-        yield beside
-        beside.chmod(0o644)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with writing(path):
+            yield beside
+            beside.chmod(0o644)
+            with beside.open("rb+") as file:
+                os.fsync(file.fileno())
+            beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

@@ -35,6 +35,8 @@ def union(path: Path, rows: list[Row]) -> list[Row]:
 
 def whole_rows(path: Path) -> tuple[list[Row], int]:
     """The rows of one of our files, and how many of its bytes are whole lines; 0 if not even the header is."""
+    if path.exists() and not path.is_file():  # a device may have no end
+        raise InputError(f"{path} is not a file, so it cannot be continued", "Choose another --out.")
     try:
         *lines, torn = path.read_bytes().split(b"\n")
     except OSError as cause:

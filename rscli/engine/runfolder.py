@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from rscli.engine.files import read_json, replacing, write_json, write_text
+from rscli.engine.files import read_json, replacing, write_json, write_text, writing
 from rscli.errors import InputError
 
 CHECKPOINT_FORMAT = 1
@@ -81,9 +82,11 @@ class RunFolder:
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint."""
+        """Replaces the checkpoint. Raises `RscliError` if there is no room for it; the one before is kept."""
+        content = BytesIO()  # writing to the disk itself, torch would say of a full one only that a position is unexpected
+        torch.save({"format": CHECKPOINT_FORMAT, **state}, content)
         with replacing(self.checkpoint) as beside:
-            torch.save({"format": CHECKPOINT_FORMAT, **state}, beside)
+            beside.write_bytes(content.getbuffer())
 
     def load(self) -> dict[str, Any]:
         """The checkpoint, tensors on the CPU. Raises `InputError` if it is broken; never runs code from the file."""
@@ -102,7 +105,7 @@ class RunFolder:
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends one line of metrics."""
-        with self.metrics.open("a", encoding="utf-8", newline="\n") as file:
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(line) + "\n")
 
     def _start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rscli.engine.files import opening, write_json, write_text
+from rscli.engine.files import opening, write_json, write_text, writing
 from rscli.engine.parts import part_path, parts_of, union, whole_rows
 from rscli.engine.protocol import agree, protocol_path, read_protocol
 from rscli.engine.rows import HEADER, Row, format_row, parse_row
@@ -34,7 +34,8 @@ class ResultWriter:
         self.path, self.rows, self.notes = path, rows, notes
         self.done = {row.idx for row in rows}
         self._target = path if part is None else part_path(path, part)
-        self._file = self._target.open("ab", buffering=0)
+        with writing(self._target):
+            self._file = self._target.open("ab", buffering=0)
         self._size = self._target.stat().st_size
         self._synced = time.monotonic()
 
@@ -61,7 +62,8 @@ class ResultWriter:
         anything but `info`. What differs in `info` goes to `notes`: the protocol file keeps what the run began with.
         """
         if not path.exists() and parts_of(path):
-            path.touch()
+            with writing(path):
+                path.touch()
         rows, whole = whole_rows(path)
         before = read_protocol(path)
         if before is None and not whole:  # interrupted between claiming the name and writing the protocol
@@ -86,7 +88,8 @@ class ResultWriter:
             before = read_protocol(path)  # another process may have written its own at the same moment
         notes = agree(path, before, json.loads(json.dumps(protocol)))
         target = part_path(path, part)
-        target.touch()
+        with writing(target):
+            target.touch()
         _, whole = whole_rows(target)
         os.truncate(target, whole)
         writer = cls(path, union(path, whole_rows(path)[0] if path.exists() else []), notes, part)
@@ -127,8 +130,8 @@ class ResultWriter:
     def close(self) -> None:
         """Closes the file, with every row on the disk. May be called again."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with writing(self._target), self._file:
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,11 @@ def save_plot(comparison: Comparison, path: Path) -> None:
     check_plot_path(path)
     from matplotlib import rc_context
 
-    suffix = path.suffix.lower()
-    with rc_context(STYLE), replacing(path) as beside:
-        draw(comparison).savefig(beside, format=suffix[1:], dpi=200, metadata=METADATA[suffix])
+    suffix, page = path.suffix.lower(), BytesIO()
+    with rc_context(STYLE):
+        draw(comparison).savefig(page, format=suffix[1:], dpi=200, metadata=METADATA[suffix])
+    with replacing(path) as beside:
+        beside.write_bytes(page.getbuffer())
 
 
 def curve(run: Results) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
