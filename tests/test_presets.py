@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from rscli import registry
+from rscli.api import Augmentation
 from rscli.config import presets
 from rscli.config.layers import rebuild, resolve
 from rscli.config.presets import list_presets, load_preset, published_for, published_rows, show
+from rscli.engine.train import TrainOptions, outlook
 from rscli.errors import InputError, RscliError
 from rscli.registry import Entry, Registry
 
@@ -105,6 +107,9 @@ SMALL = {
     "cifar10-resnet20-smoothadv-0.5": (gaussian(8), pgd(255), 0.6924),
     "cifar10-resnet20-cons-0.5": (consistency(2, 10), None, 0.6864),
     "cifar10-densenet40-gaussian-0.5": (gaussian(1), None, 0.4937),
+    "cifar10-densenet40-stability-0.5": (stability(2), None, 0.4967),
+    "cifar10-densenet40-macer-0.5": (macer(4, False), None, 0.6413),
+    "cifar10-densenet40-smoothadv-0.5": (gaussian(8), pgd(255), 0.6709),
     "cifar10-densenet40-cons-0.5": (consistency(2, 10), None, 0.6609),
 }
 ROWS = [
@@ -147,6 +152,41 @@ def test_settings_of_the_small_networks(name):
     )
     check_run(load_preset(name).settings, CIFAR | {"arch": network}, 0.5, loss, attack)
     assert published_for(name).acr == pytest.approx(acr, abs=5e-5)
+
+
+# data set -> normalisation (mean, std) and augmentation of training images
+IMAGES = {
+    "mnist": (None, None, {}),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), {"padding": 4, "flip": True}),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), {"resized_crop": True, "flip": True}),
+}
+PARAMETERS = {"mnist": 431_080, "resnet110": 1_730_714, "resnet20": 272_474, "densenet40": 211_978, "imagenet": 25_557_032}
+BATCHES = {("mnist", 256): 235, ("cifar10", 256): 196, ("cifar10", 400): 125, ("imagenet", 256): 5005, ("imagenet", 400): 3203}
+"""Batches an epoch: of 60,000, 50,000 and 1,281,167 images."""
+
+
+@pytest.mark.parametrize("name", [*(row[0] for row in ROWS), *SMALL])
+def test_a_dry_run_is_of_the_paper_s_training(name, tmp_path):
+    """Through the resolver, so with every default: network, steps an epoch, optimiser, normalisation, augmentation."""
+    found = resolve(name)
+    plan = outlook(found, TrainOptions(out=tmp_path / "run", data_dir=tmp_path))
+    data, method = name.partition("-")[0], name.rpartition("-")[0].partition("-")[2]
+    network = {"cifar10": method.partition("-")[0] if name in SMALL else "resnet110"}.get(data, data)
+    loss, attack = SMALL[name][:2] if name in SMALL else next(row[4:] for row in ROWS if row[0] == name)
+    chunks = loss["m"] if loss["name"] in ("gaussian", "consistency") else 1
+    assert plan.parameters == PARAMETERS[network]
+    assert (plan.chunks, plan.steps_an_epoch) == (chunks, chunks * BATCHES[data, found.config.batch])
+    assert found.config.optimizer.nesterov is False
+    assert loss.items() <= found.config.loss.items()
+    assert (attack or {}).items() <= (found.config.attack or {}).items()
+    assert (found.attack is None) is (attack is None)
+    assert found.config.loss.get("form", "default") == "default"
+    assert (found.config.attack or {}).get("gamma", 0.05) == 0.05
+    spec = found.dataset.spec(tmp_path)
+    mean, std, augmentation = IMAGES[data]
+    assert (spec.mean, spec.std) == (mean, std)
+    assert spec.augmentation == Augmentation(**augmentation)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("name", "data", "method", "sigma"), [row[:4] for row in ROWS], ids=[row[0] for row in ROWS])
