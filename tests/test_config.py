@@ -15,7 +15,16 @@ from rscli import api, registry
 from rscli.config import layers, presets
 from rscli.config.layers import rebuild, resolve
 from rscli.config.problems import nearest
-from rscli.config.schema import Optimizer, PresetHeader, PublishedKey, Schedule, TrainConfig, chunk_count, steps_per_epoch
+from rscli.config.schema import (
+    Optimizer,
+    PresetHeader,
+    PublishedKey,
+    Schedule,
+    TrainConfig,
+    chunk_count,
+    smallest_step,
+    steps_per_epoch,
+)
 from rscli.config.settings import flatten, nest, parse_sets
 from rscli.errors import ConfigError, InputError
 from rscli.registry import Entry, Registry
@@ -487,6 +496,8 @@ def test_steps_are_those_of_torch_chunk():
                 batches = torch.arange(images).split(batch)
                 assert steps_per_epoch(images, batch, m) == sum(len(part.chunk(m)) for part in batches), (images, batch, m)
                 assert steps_per_epoch(images, batch, m, chunked=False) == len(batches)
+                smallest = min(len(chunk) for part in batches for chunk in part.chunk(m))
+                assert smallest_step(images, batch, m) == smallest, (images, batch, m)
 
 
 @pytest.mark.parametrize(

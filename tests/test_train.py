@@ -14,6 +14,7 @@ from torch import nn
 
 from rscli.api import Attack, Loss, TrainStep
 from rscli.config.layers import Resolved, resolve
+from rscli.engine.lonely import check_lonely_images
 from rscli.engine.modelfile import load_model
 from rscli.engine.progress import Silent
 from rscli.engine.train import Trainer, TrainOptions, attacked, frozen, outlook, train
@@ -343,3 +344,45 @@ def test_a_network_that_cannot_be_built_leaves_no_run_behind(tmp_path):
     with pytest.raises(InputError):
         train(wrong, options(tmp_path / "run"), Silent())
     assert not (tmp_path / "run").exists()
+
+
+# --- steps on a single image ---
+
+POINTED = {"arch__name": "timm/resnet18", "loss__name": "gaussian", "loss__lbd": ""}
+"""On 28x28 pixels its last maps are 1x1: batch normalisation sees one value per channel and image."""
+
+
+@pytest.mark.parametrize("batch", [1, 359])
+def test_an_image_that_is_left_alone_with_batch_normalisation_is_refused_at_once(tmp_path, batch):
+    for refused in (train, outlook):
+        arguments = (Silent(),) if refused is train else ()
+        with pytest.raises(InputError, match=f"batch is {batch}, .* a single image of the 1437 .* timm/resnet18") as caught:
+            refused(settings(**POINTED, batch=str(batch)), options(tmp_path / "run"), *arguments)
+        better = int(caught.value.hint.partition("batch=")[2].partition(",")[0])
+        assert better > batch
+        assert 1437 % better != 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**POINTED, "batch": "360"},  # 357 are left over
+        {**POINTED, "batch": "359", "loss__m": "2"},  # two noisy copies of the one image
+        {"batch": "359", "loss__name": "gaussian", "loss__lbd": ""},  # no batch normalisation
+    ],
+    ids=["no-single-image", "two-copies", "lenet"],
+)
+def test_an_image_left_alone_is_no_problem_otherwise(tmp_path, changes):
+    assert outlook(settings(**changes), options(tmp_path / "run")).images == 1437
+
+
+def test_trying_a_step_leaves_no_trace(tmp_path):
+    """Buffers of batch normalisation, gradients and the global generator stay as they were."""
+    resolved = settings(**{**POINTED, "loss__m": "2"}, batch="359")
+    made = trainer(resolved, tmp_path)
+    before, drawn = {name: value.clone() for name, value in made.classifier.state_dict().items()}, torch.get_rng_state()
+    check_lonely_images(resolved, made.classifier, resolved.dataset.spec(tmp_path), 1437)
+    assert all(torch.equal(value, before[name]) for name, value in made.classifier.state_dict().items())
+    assert all(parameter.grad is None for parameter in made.classifier.parameters())
+    assert torch.equal(torch.get_rng_state(), drawn)

@@ -113,3 +113,9 @@ def steps_per_epoch(n_images: int, batch: int, m: int, chunked: bool = True) -> 
     if not chunked:
         return full + (rest > 0)
     return full * chunk_count(batch, m) + (chunk_count(rest, m) if rest else 0)
+
+
+def smallest_step(n_images: int, batch: int, m: int) -> int:
+    """Images in the smallest step of an epoch: `n_images` >= 1 in batches of `batch`, each split into at most `m` chunks."""
+    batches = [images for images in (min(batch, n_images), n_images % batch) if images]
+    return min(images - (chunk_count(images, m) - 1) * -(-images // m) for images in batches)

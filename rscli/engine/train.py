@@ -23,6 +23,7 @@ from rscli.config.layers import Resolved
 from rscli.config.schema import steps_per_epoch
 from rscli.engine.data import Split, open_split
 from rscli.engine.devices import environment, memory_layout, pick_device
+from rscli.engine.lonely import check_lonely_images
 from rscli.engine.meter import Meter
 from rscli.engine.modelfile import ModelCard, save_model
 from rscli.engine.network import Classifier, build_classifier, parameter_count
@@ -58,12 +59,18 @@ class Outlook:
 
 
 def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
-    """Builds the network and counts, without reading images or writing anything."""
+    """Builds the network and counts, without reading images or writing anything.
+
+    Raises `InputError` if the network cannot be trained on the smallest step.
+    """
     spec = resolved.dataset.spec(options.data_dir)
     images = spec.sizes.get("train")
     chunks = resolved.loss.m if resolved.chunked else 1
     steps = None if images is None else steps_per_epoch(images, resolved.config.batch, chunks)
-    return Outlook(parameter_count(initial_classifier(resolved, spec)), images, steps, chunks, RunFolder(options.out).files())
+    classifier = initial_classifier(resolved, spec)
+    if images:
+        check_lonely_images(resolved, classifier, spec, images)
+    return Outlook(parameter_count(classifier), images, steps, chunks, RunFolder(options.out).files())
 
 
 def initial_classifier(resolved: Resolved, spec: DataSpec) -> Classifier:
@@ -93,6 +100,7 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     spec = resolved.dataset.spec(options.data_dir)
     split = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)
     trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
+    check_lonely_images(resolved, trainer.classifier, spec, len(split))
     folder = RunFolder(options.out)
     record = {"config": resolved.as_dict(), "sources": resolved.sources}
     state = folder.begin(record, environment(device), resume=options.resume)
