@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -164,8 +163,7 @@ class _Run:
         todo = [index for index in wanted if index not in self.writer.done]
         self.done = len(wanted) - len(todo)
         handed = self.ranks.hand_out(todo, lambda: self.opened)
-        # the sampler takes None as "nothing for now", and asks again for its next batch
-        inquiries = cast(Iterator[Inquiry], (None if index is None else self._inquire(index) for index in handed))
+        inquiries = (None if index is None else self._inquire(index) for index in handed)
         self.progress.start("certify", len(wanted), self.done, "image")
         try:
             for inquiry in self.sampler.run(inquiries, self._tick):

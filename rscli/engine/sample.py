@@ -90,9 +90,10 @@ class Sampler:
         self._active: list[_Active] = []
         self._own = threading.local()  # each lane's batch of images
 
-    def run(self, inquiries: Iterable[Inquiry], stop: Callable[[], bool] = lambda: False) -> Iterator[Inquiry]:
+    def run(self, inquiries: Iterable[Inquiry | None], stop: Callable[[], bool] = lambda: False) -> Iterator[Inquiry]:
         """Yields each inquiry when it wants no more, in the order in which they end; a few batches' worth is open at a time.
 
+        None among `inquiries` says: no further one now, ask again for the next batch. It may come only while some are open.
         `stop` is asked before every batch; once it says True, nothing more is drawn or yielded.
         Raises `RscliError` if the model's logits are not finite, `PluginError` if they have the wrong shape.
         """
@@ -108,7 +109,7 @@ class Sampler:
                 if len(under_way) > self.lanes or not segments:
                     yield from under_way.popleft()()
 
-    def _fill(self, waiting: Iterator[Inquiry], *, wait: bool) -> list[_Segment]:
+    def _fill(self, waiting: Iterator[Inquiry | None], *, wait: bool) -> list[_Segment]:
         """Segments (image, first sample, samples) for the next batch; opens new images when the open ones want too little.
 
         With `wait`, a batch that could not be filled is put off: a look that is due may want more samples.
