@@ -30,6 +30,7 @@ from rscli.engine import certify as certifying
 from rscli.engine.certify import CertifyOptions, SamplingOptions, _Run, certify
 from rscli.engine.parts import parts_of
 from rscli.engine.progress import Silent
+from rscli.engine.protocol import protocol_path
 from rscli.engine.ranks import Alone, Together, join
 from rscli.engine.results import read_results
 from rscli.engine.rows import HEADER, Row
@@ -374,6 +375,7 @@ def test_shards_in_any_order_make_the_same_file(model, whole, tmp_path, order):
     seen = read_results(out)
     assert [str(index) for index in seen.idx] == [row[0] for row in rows(whole)[1:]]
     assert "3 parts" in seen.notes[0]
+    assert len(seen.notes) == 1
     assert read_results(parts_of(out)[0]).idx.tolist() == seen.idx.tolist()
     shown = CliRunner().invoke(app, ["compare", str(out), str(whole), "--format", "csv"])
     assert shown.exit_code == 0, shown.output
@@ -385,9 +387,49 @@ def test_shards_in_any_order_make_the_same_file(model, whole, tmp_path, order):
 
 
 def test_a_shard_that_is_missing_is_done_by_whoever_puts_them_together(model, whole, tmp_path, monkeypatch):
-    out = tmp_path / "r.tsv"
+    out, warnings = tmp_path / "r.tsv", []
+    monkeypatch.setattr(Silent, "warn", lambda progress, text: warnings.append(text))
     certify(options(model, out, shard=(2, 3)), Silent())
+    assert warnings == []
+    assert "of the shards 1/3, 3/3 there is nothing: their images are left out" in read_results(out).notes[1]
     assert certify_together(options(model, out, resume=True), 2, monkeypatch) == []
+    assert "of the shards 1/3, 3/3 there is nothing; what they lack is certified now" in warnings[0]
+    finished_like(out, whole)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_parts_whose_protocol_is_lost_are_not_put_together(model, tmp_path, monkeypatch, world):
+    out = tmp_path / "r.tsv"
+    certify(options(model, out, shard=(1, 2)), Silent())
+    protocol_path(out).unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    errors = certify_together(options(model, out, resume=True), world, monkeypatch)
+    assert any(isinstance(error, InputError) and "no protocol beside it" in error.message for error in errors)
+    errors = certify_together(options(model, out, shard=(2, 2)), world, monkeypatch)
+    assert any(isinstance(error, InputError) and "no protocol beside it" in error.message for error in errors)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_shard_that_finds_nothing_to_do_leaves_no_part(model, whole, tmp_path, monkeypatch, world):
+    out = tmp_path / "r.tsv"
+    certify(options(model, out), Silent())
+    assert certify_together(options(model, out, shard=(1, 2), resume=True), world, monkeypatch) == []
+    finished_like(out, whole)
+    assert read_results(out).notes == ()
+
+
+def test_shards_that_extend_a_result_are_not_missed_where_they_have_nothing_to_do(model, whole, tmp_path):
+    out = tmp_path / "r.tsv"
+    certify(options(model, out, max=IMAGES - 1), Silent())
+    for number in (1, 2):
+        certify(options(model, out, shard=(number, 2), resume=True), Silent())
+    assert [path.name for path in parts_of(out)] == ["r.tsv.part-shard-2-of-2"]
+    seen = read_results(out)
+    assert len(seen.idx) == IMAGES
+    assert len(seen.notes) == 1
+    assert "1 part is not put together yet" in seen.notes[0]
+    certify(options(model, out, resume=True), Silent())
     finished_like(out, whole)
 
 

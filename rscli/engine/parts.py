@@ -10,6 +10,10 @@ from rscli.engine.rows import HEADER, Row, broken, parse_row
 from rscli.errors import InputError
 
 _PART = re.compile(r"\.part-(shard|rank)-[\w-]+$")
+_SHARD = re.compile(r"\.part-shard-(\d+)-of-(\d+)")
+
+NAMED = 8
+"""So many missing shards are named."""
 
 
 def part_path(path: Path, part: str) -> Path:
@@ -25,6 +29,21 @@ def parts_of(path: Path) -> list[Path]:
 def result_of(path: Path) -> Path:
     """The result that `path` is, or is a part of."""
     return path.with_name(_PART.sub("", path.name))
+
+
+def missing_shards(path: Path) -> str | None:
+    """Which shards of the result `path` are not there, such as "the shards 2/16, 5/16", if others are; None if none misses.
+
+    Shards that extend a result need not all have something to do: where there is one already, none is missed.
+    """
+    if path.exists():
+        return None
+    there = {(int(found[2]), int(found[1])) for part in parts_of(path) if (found := _SHARD.search(part.name))}
+    all_of_them = [(count, number) for count in sorted({count for count, _ in there}) for number in range(1, count + 1)]
+    missing = [f"{number}/{count}" for count, number in all_of_them if (count, number) not in there]
+    if not missing:
+        return None
+    return f"the shard{'s' if len(missing) > 1 else ''} {', '.join(missing[:NAMED])}" + ", ..." * (len(missing) > NAMED)
 
 
 def union(path: Path, rows: list[Row]) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rscli.engine.parts import parts_of, result_of, union, whole_rows
+from rscli.engine.parts import missing_shards, parts_of, result_of, union, whole_rows
 from rscli.engine.protocol import read_protocol
 from rscli.engine.rows import FIELD_COLUMNS, Row, broken, cells_of, parse_row
 from rscli.errors import InputError
@@ -52,13 +52,16 @@ def read_results(path: Path) -> Results:
     """
     path = result_of(path / "results.tsv" if path.is_dir() else path)
     protocol = read_protocol(path)
+    notes: tuple[str, ...] = ()
     if parts := parts_of(path):
         together = union(path, whole_rows(path)[0] if path.exists() else [])
-        note = f"{path}: its {len(parts)} parts are not put together yet; `rscli certify --resume` does that"
-        return _results(path, sorted(together, key=lambda row: row.idx), protocol, (note,))
+        missing = missing_shards(path)
+        those = "1 part is" if len(parts) == 1 else f"{len(parts)} parts are"
+        notes = (f"{path}: its {those} not put together yet; `rscli certify --resume` does that",)
+        notes += () if missing is None else (f"{path}: of {missing} there is nothing: their images are left out",)
+        return _results(path, sorted(together, key=lambda row: row.idx), protocol, notes)
     header, *lines = _text(path).split("\n")
     columns = _columns(path, header)
-    notes: tuple[str, ...] = ()
     if protocol is not None and lines and lines[-1]:  # rscli ends every line; other tools may not end the last
         del lines[-1]
         notes = (f"{path}: the last line is not whole and is left out; its run goes on, or was stopped",)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rscli.engine.files import opening, write_json, write_text, writing
-from rscli.engine.parts import part_path, parts_of, union, whole_rows
+from rscli.engine.parts import missing_shards, part_path, parts_of, union, whole_rows
 from rscli.engine.protocol import agree, protocol_path, read_protocol
 from rscli.engine.rows import HEADER, Row, format_row, parse_row
 from rscli.errors import InputError, RscliError
@@ -61,15 +61,13 @@ class ResultWriter:
         Raises `InputError` if the file is missing or foreign, a line before the last is broken, or the protocol differs in
         anything but `info`. What differs in `info` goes to `notes`: the protocol file keeps what the run began with.
         """
-        if not path.exists() and parts_of(path):
-            with writing(path):
-                path.touch()
-        rows, whole = whole_rows(path)
+        elsewhere = union(path, [])
+        rows, whole = whole_rows(path) if path.exists() or not parts_of(path) else ([], 0)
         before = read_protocol(path)
-        if before is None and not whole:  # interrupted between claiming the name and writing the protocol
+        if before is None and not whole and not elsewhere:  # interrupted between claiming the name and writing the protocol
             write_json(protocol_path(path), before := protocol)
-        notes = agree(path, before, json.loads(json.dumps(protocol)))
-        if path.stat().st_size > whole:
+        notes = agree(path, before, json.loads(json.dumps(protocol))) + _missing(path)
+        if path.exists() and path.stat().st_size > whole:
             os.truncate(path, whole)
         writer = cls(path, union(path, rows), notes)
         if not whole:
@@ -82,11 +80,13 @@ class ResultWriter:
 
         Raises `InputError` as `resume` does.
         """
-        before = read_protocol(path)
-        if before is None and not (path.exists() and path.stat().st_size):
+        begun = bool(union(path, [])) or (path.exists() and path.stat().st_size > 0)  # before the protocol is looked for:
+        before = read_protocol(path)  # whoever has written a row wrote that first
+        if before is None and not begun:
             write_json(protocol_path(path), protocol)
             before = read_protocol(path)  # another process may have written its own at the same moment
         notes = agree(path, before, json.loads(json.dumps(protocol)))
+        notes += [] if part.startswith("shard") else _missing(path)
         target = part_path(path, part)
         with writing(target):
             target.touch()
@@ -128,10 +128,13 @@ class ResultWriter:
             part.unlink()
 
     def close(self) -> None:
-        """Closes the file, with every row on the disk. May be called again."""
+        """Closes the file, with every row on the disk; a part without rows is removed. May be called again."""
         if not self._file.closed:
             with writing(self._target), self._file:
                 os.fsync(self._file.fileno())
+            if self._target != self.path and self._size == len(HEADER):
+                self._target.unlink(missing_ok=True)
+                self._size = 0
 
     def __enter__(self) -> Self:
         return self
@@ -161,6 +164,12 @@ class ResultWriter:
                 f"{self._target} was changed while this run wrote to it: {self._size} bytes were expected, {size} are there",
                 "Another process certifies into the same file. Give each its own --out, then run this one with --resume.",
             )
+
+
+def _missing(path: Path) -> list[str]:
+    """A note if shards are missing, for whoever puts the others together: it may be much work."""
+    missing = missing_shards(path)
+    return [] if missing is None else [f"{path.name}: of {missing} there is nothing; what they lack is certified now"]
 
 
 def _exists(path: Path) -> InputError:
