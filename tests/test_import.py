@@ -342,6 +342,14 @@ def test_an_unknown_architecture_is_asked_for(arch, tmp_path):
     assert (arch or "does not say") in error.message
 
 
+@pytest.mark.parametrize("name", ["resnet18", "cifar_resnet20x"])
+def test_an_unknown_name_as_an_option_leads_to_timm(name, tmp_path):
+    error = refusal(published(tmp_path / "c.pth", network(RESNET8)), arch=name, sets=())
+    assert f"'{name}'" in error.message
+    assert "cifar_resnet110" in error.message
+    assert f"--arch timm/{name}" in error.hint
+
+
 # --- normalisation -----------------------------------------------------------------------------------------------------------
 
 IN_FILE = {
@@ -434,6 +442,38 @@ def test_another_number_of_classes_is_said_plainly(arch, tmp_path):
     error = refusal(path, arch=arch, sets=("arch.depth=8",) if arch == "cifar-resnet" else ())
     assert "was trained on 100 classes" in error.message
     assert "'cifar10' has 10" in error.message
+
+
+def test_another_number_of_channels_is_said_plainly(tmp_path):
+    error = refusal(published(tmp_path / "c.pth", network(RESNET8)), dataset="mnist")
+    assert "trained on images of 3 channels (the second dimension of conv1.weight), and 'mnist' has 1" in error.message
+    assert "--dataset" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("says", "options", "leads"),
+    [
+        ("cifar_resnet20", {"arch": "cifar_resnet110", "sets": ()}, "The file says arch = 'cifar_resnet20'"),
+        ("cifar_resnet20", {"arch": None, "sets": ("arch.depth=8",)}, "The file says arch = 'cifar_resnet20'"),
+        ("cifar_resnet110", {"arch": None, "sets": ()}, "Is it of another architecture"),
+        ("mine", {"arch": "cifar_resnet110", "sets": ()}, "Is it of another architecture"),
+    ],
+    ids=["option-against-file", "field-against-file", "file-is-wrong", "unknown-in-file"],
+)
+def test_an_option_against_what_the_file_says(says, options, leads, tmp_path):
+    path = published(tmp_path / "c.pth", network({"name": "cifar-resnet", "depth": 20}), arch=says)
+    assert refusal(path, **options).hint.startswith(leads)
+
+
+def test_a_tensor_of_another_shape_and_the_same_size_is_the_nearest(tmp_path):
+    """torchvision's VGG has matrices where timm's has convolutions of the same weights."""
+    tensors = {f"1.{name}": tensor for name, tensor in network(RESNET8).state_dict().items()}
+    tensors["1.classifier"] = tensors.pop("1.fc.weight").view(10, 64, 1, 1)
+    del tensors["1.bn1.weight"]
+    torch.save({"state_dict": tensors}, tmp_path / "c.pth")
+    assert lines(refusal(tmp_path / "c.pth"), "extra") == [
+        "extra: 1.classifier 10x64x1x1; the nearest expected name is fc.weight"
+    ]
 
 
 def test_the_prefix_is_that_of_most_names():

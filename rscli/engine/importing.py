@@ -6,6 +6,7 @@ normalisation is found that belongs in front (`normalization`). What the file do
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -83,7 +84,7 @@ def import_checkpoint(options: ImportOptions, progress: Progress) -> Imported:
     spec = cast(Dataset, plugins["data"]).spec(options.data_dir)
     network = build_classifier(cast(Architecture, plugins["arch"]), spec).network
     fit, constants = take_constants(fit_tensors(checkpoint.tensors, network.state_dict()))
-    check_fit(fit, checkpoint.path, sections["arch"], sections["data"]["name"], len(spec.class_names))
+    check_fit(fit, checkpoint.path, sections["arch"], sections["data"]["name"], spec, _other_arch(checkpoint, sections["arch"]))
     normalization = choose_normalization(options.normalization, constants, spec, checkpoint, fit.prefix)
     network.load_state_dict(fit.tensors)
     card = ModelCard(
@@ -127,6 +128,8 @@ def _plugins(options: ImportOptions, checkpoint: Checkpoint) -> tuple[dict[str, 
             takes = ", ".join(f"{section}.KEY=VALUE" for section in IMPORTED)
             problems_of_sets.append(f"--set {dotted(key)} is not a setting of import: it takes {takes}")
             del chosen[key]
+    if options.arch is not None:
+        _check_arch(options.arch)
     named = checkpoint.arch if options.arch is None else options.arch
     arch = FIELD_ARCHS.get(named or "", {} if options.arch is None else {"name": named})
     settings = stack(DEFAULTS, flatten({"arch": arch}, checkpoint.path.name if options.arch is None else "--arch"))
@@ -144,6 +147,24 @@ def _plugins(options: ImportOptions, checkpoint: Checkpoint) -> tuple[dict[str, 
     if "pretrained" in type(plugins["arch"]).model_fields:
         plugins["arch"] = plugins["arch"].model_copy(update={"pretrained": False})  # the weights are in the file
     return plugins, {name: full_section(name, str(nested[name]["name"]), plugins[name]) for name in IMPORTED}
+
+
+def _check_arch(name: str) -> None:
+    """Raises `InputError` if no plugin is called `name`, and no architecture of the field."""
+    plugins = {entry.name for entry in installed().entries("architectures")}
+    if name in FIELD_ARCHS or name.rpartition(":")[2].partition("/")[0] in plugins:
+        return
+    raise InputError(
+        f"there is no architecture {name!r}: none of the plugins ({', '.join(sorted(plugins))}) is called that, "
+        f"and none of the field's ({', '.join(FIELD_ARCHS)})",
+        f"timm's models, torchvision's ResNets among them, are timm/NAME: is it --arch timm/{name}?",
+    )
+
+
+def _other_arch(checkpoint: Checkpoint, chosen: Mapping[str, Any]) -> str | None:
+    """What the file itself says of its architecture, if that is one of the field's names, and another one than `chosen`."""
+    field = FIELD_ARCHS.get(checkpoint.arch or "")
+    return None if field is None or field.items() <= chosen.items() else checkpoint.arch
 
 
 def _unknown_arch(checkpoint: Checkpoint) -> InputError:

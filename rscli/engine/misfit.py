@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rscli.api import DataSpec
 from rscli.engine.fit import Fit
 from rscli.errors import InputError
 
@@ -16,16 +17,18 @@ SHOWN = 20
 """Tensors that do not fit are listed up to this many of a sort: the wrong depth misses hundreds."""
 
 
-def check_fit(fit: Fit, path: Path, arch: Mapping[str, Any], dataset: str, classes: int) -> None:
+def check_fit(
+    fit: Fit, path: Path, arch: Mapping[str, Any], dataset: str, spec: DataSpec, other_arch: str | None = None
+) -> None:
     """Checks that the tensors of the file `path` go into the network that `arch` (its name and fields) describes.
 
     Raises `InputError` with a line for every tensor that is missing, extra, of another shape, or not finite; or, if that is
-    all that is wrong, saying that the file is of another number of classes than the `classes` of `dataset`.
+    all that is wrong, saying that the file is of another number of classes or channels than `dataset`, which `spec` describes.
+    `other_arch`: what the file itself says of its architecture, if it contradicts `arch`.
     """
-    if (theirs := _other_classes(fit, classes)) is not None:
-        name, count = theirs
+    if (said := _other_classes(fit, len(spec.class_names)) or _other_channels(fit, spec.shape[0])) is not None:
         raise InputError(
-            f"{path} was trained on {count} classes (the first dimension of {name}), and {dataset!r} has {classes}",
+            f"{path} was trained on {said[0]}, and {dataset!r} has {said[1]}",
             "Name the data set that it was trained on: --dataset NAME, with its fields as --set data.KEY=VALUE.",
         )
     sorts = {
@@ -45,24 +48,40 @@ def check_fit(fit: Fit, path: Path, arch: Mapping[str, Any], dataset: str, class
         lines += [f"  {sort}: {line}" for line in found[:SHOWN]]
         lines += [f"  {sort}: and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
     hint = "Is it of another architecture (--arch NAME), or of other fields (--set arch.KEY=VALUE)?"
+    if other_arch is not None:
+        hint = f"The file says arch = {other_arch!r}: leave out --arch and --set arch.KEY=VALUE to import it as that."
     raise InputError("\n".join(lines), hint)
 
 
 def _other_classes(fit: Fit, classes: int) -> tuple[str, int] | None:
-    """A tensor of the last layer and its number of classes, if that number is all that does not fit."""
+    """What the file was trained on, and the number of `classes`, if the last layer's number is all that does not fit."""
     if fit.missing or fit.extra or not fit.misshapen:
         return None
     shapes = [(fit.tensors[name].shape, fit.expected[name].shape) for name in fit.misshapen]
     counts = {there[0] if here[:1] == (classes,) and there[1:] == here[1:] else None for there, here in shapes}
     count = counts.pop()
-    return (fit.misshapen[0], count) if count is not None and not counts else None
+    if count is None or counts:
+        return None
+    return f"{count} classes (the first dimension of {fit.misshapen[0]})", classes
+
+
+def _other_channels(fit: Fit, channels: int) -> tuple[str, int] | None:
+    """What the file was trained on, and the number of `channels`, if the first layer's number is all that does not fit."""
+    if fit.missing or fit.extra or len(fit.misshapen) != 1:
+        return None
+    (name,) = fit.misshapen
+    there, here = fit.tensors[name].shape, fit.expected[name].shape
+    if len(there) != len(here) or here[1:2] != (channels,) or (there[0], *there[2:]) != (here[0], *here[2:]):
+        return None
+    return f"images of {there[1]} channels (the second dimension of {name})", channels
 
 
 def _nearest(name: str, fit: Fit) -> str:
-    """The expected name that an extra tensor most likely means: one that is missing, and of its shape, if there is any."""
-    pool = fit.missing or list(fit.expected)
-    alike = [other for other in pool if fit.expected[other].shape == fit.extra[name].shape]
-    return get_close_matches(name.removeprefix(fit.prefix), alike or pool, n=1, cutoff=0)[0]
+    """The expected name that an extra tensor most likely means: missing, and of its shape or at least its size, if any is."""
+    pool, tensor = fit.missing or list(fit.expected), fit.extra[name]
+    same_shape = [other for other in pool if fit.expected[other].shape == tensor.shape]
+    same_size = [other for other in pool if fit.expected[other].numel() == tensor.numel()]
+    return get_close_matches(name.removeprefix(fit.prefix), same_shape or same_size or pool, n=1, cutoff=0)[0]
 
 
 def _shape(tensor: Tensor) -> str:
