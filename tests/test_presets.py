@@ -7,9 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from rscli import registry
 from rscli.api import Augmentation
+from rscli.cli.app import app
 from rscli.config import presets
 from rscli.config.layers import rebuild, resolve
 from rscli.config.presets import list_presets, load_preset, published_for, published_rows, show
@@ -198,6 +200,21 @@ def test_a_preset_finds_its_published_row(name, data, method, sigma):
         return
     assert row.acr == pytest.approx(expected, abs=5e-5)
     assert (row.dataset, row.sigma) == (data, sigma)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mnist-cons-0.5", "published ACR 1.6549 (standard deviation 0.0012 over 5 seeds), 10,000 images"),
+        ("cifar10-smoothadv-1.0", "published ACR 0.7896, 10,000 images"),
+        ("imagenet-smoothadv-0.5", "no published figures to compare with"),
+        ("imagenet-smoothadv-cons-0.5", "no published figures to compare with"),
+    ],
+)
+def test_show_tells_the_published_figures_or_that_there_are_none(name, said):
+    shown = CliRunner().invoke(app, ["presets", "show", name]).stdout
+    assert shown.startswith(f"# rscli train --preset {name}\n")
+    assert said in shown.splitlines()
 
 
 @pytest.mark.parametrize("name", NAMES)

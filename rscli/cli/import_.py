@@ -36,8 +36,9 @@ def import_(
     """Import a checkpoint of other code, so that it can be certified: tensors and their description in one model file.
 
     Reads what the codes of this field publish (arch, state_dict, epoch; names behind module. or 1.), and plain state dicts of
-    timm, or of torchvision where timm's network of that name has the same tensors (ResNet, ResNeXt, DenseNet). The field's names of architectures are known: lenet, resnet50, cifar_resnet20, cifar_resnet110,
-    cifar_densenet40. Code inside a file is never run. Says which normalisation it assumed.
+    timm, or of torchvision where timm's network of that name has the same tensors (ResNet, ResNeXt, DenseNet). The field's
+    names of architectures are known: lenet, resnet50, cifar_resnet20, cifar_resnet110, cifar_densenet40. Code inside a file is
+    never run. Says which normalisation it assumed.
 
     Examples:
 

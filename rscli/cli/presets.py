@@ -64,7 +64,9 @@ def show(
         return
     console = stdout()
     console.print(text(name).rstrip(), markup=False, highlight=False)
-    if published is not None:
+    if published is None:
+        console.print("\nno published figures to compare with", highlight=False)
+    else:
         spread = (
             "" if published.acr_sd is None else f" (standard deviation {published.acr_sd:.4f} over {published.seeds} seeds)"
         )
