@@ -391,9 +391,9 @@ def test_a_shard_that_is_missing_is_done_by_whoever_puts_them_together(model, wh
     monkeypatch.setattr(Silent, "warn", lambda progress, text: warnings.append(text))
     certify(options(model, out, shard=(2, 3)), Silent())
     assert warnings == []
-    assert "of the shards 1/3, 3/3 there is nothing: their images are left out" in read_results(out).notes[1]
+    assert "missing shards: 1/3, 3/3; their images are left out" in read_results(out).notes[1]
     assert certify_together(options(model, out, resume=True), 2, monkeypatch) == []
-    assert "of the shards 1/3, 3/3 there is nothing; what they lack is certified now" in warnings[0]
+    assert "missing shards: 1/3, 3/3; their images are certified now" in warnings[0]
     finished_like(out, whole)
 
 

@@ -32,7 +32,7 @@ def result_of(path: Path) -> Path:
 
 
 def missing_shards(path: Path) -> str | None:
-    """Which shards of the result `path` are not there, such as "the shards 2/16, 5/16", if others are; None if none misses.
+    """Which shards of the result `path` are not there, such as "2/16, 5/16", if others are; None if none misses.
 
     Shards that extend a result need not all have something to do: where there is one already, none is missed.
     """
@@ -43,7 +43,7 @@ def missing_shards(path: Path) -> str | None:
     missing = [f"{number}/{count}" for count, number in all_of_them if (count, number) not in there]
     if not missing:
         return None
-    return f"the shard{'s' if len(missing) > 1 else ''} {', '.join(missing[:NAMED])}" + ", ..." * (len(missing) > NAMED)
+    return ", ".join(missing[:NAMED]) + ", ..." * (len(missing) > NAMED)
 
 
 def union(path: Path, rows: list[Row]) -> list[Row]:

@@ -58,7 +58,7 @@ def read_results(path: Path) -> Results:
         missing = missing_shards(path)
         those = "1 part is" if len(parts) == 1 else f"{len(parts)} parts are"
         notes = (f"{path}: its {those} not put together yet; `rscli certify --resume` does that",)
-        notes += () if missing is None else (f"{path}: of {missing} there is nothing: their images are left out",)
+        notes += () if missing is None else (f"{path}: missing shards: {missing}; their images are left out",)
         return _results(path, sorted(together, key=lambda row: row.idx), protocol, notes)
     header, *lines = _text(path).split("\n")
     columns = _columns(path, header)

@@ -169,7 +169,7 @@ class ResultWriter:
 def _missing(path: Path) -> list[str]:
     """A note if shards are missing, for whoever puts the others together: it may be much work."""
     missing = missing_shards(path)
-    return [] if missing is None else [f"{path.name}: of {missing} there is nothing; what they lack is certified now"]
+    return [] if missing is None else [f"{path.name}: missing shards: {missing}; their images are certified now"]
 
 
 def _exists(path: Path) -> InputError:
