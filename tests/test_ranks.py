@@ -6,6 +6,7 @@ processes. Files are compared in all columns but the time.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -515,8 +516,15 @@ def long(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, *command: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-m", *command], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=folder
+        [sys.executable, "-m", *command],
+        env=environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        cwd=folder,
     )
 
 
@@ -531,7 +539,8 @@ def ends() -> Iterator[Callable[[subprocess.Popen[str]], str]]:
 
     def end(process: subprocess.Popen[str]) -> str:
         begun.append(process)
-        return process.communicate(timeout=PATIENCE)[1]
+        end.out, err = process.communicate(timeout=PATIENCE)
+        return err
 
     end.begun = begun
     yield end
@@ -618,7 +627,9 @@ def test_torchrun_writes_the_file_of_one_process_though_a_rank_was_killed(model,
     assert len(parts_of(out)) == 2
     assert 8 <= len(decided(out)) < IMAGES
 
-    process = start(tmp_path, *run, "--resume")
+    process = start(tmp_path, *run, "--resume", "--batch", "48", "--json")
     said = ends(process)
     assert process.returncode == 0, said
+    assert said.count("batch was 64, is now 48") == 1, "one process speaks for all"
+    assert json.loads(ends.out)["images"] == IMAGES
     finished_like(out, long)

@@ -83,7 +83,8 @@ def certify(
 
     path = model_path(model)
     settings = _settings(sets or [])
-    progress = listener(quiet or os.environ.get("RANK", "0") != "0")
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; it speaks for all
+    progress = listener(quiet or not first)
     tally = run(
         CertifyOptions(
             model=path,
@@ -109,7 +110,7 @@ def certify(
         f"certified accuracy {100 * tally.certified_accuracy:.2f}%, ACR {tally.acr:.4f}; "
         f"{tally.samples:,} samples in {tally.seconds:.1f} s"
     )
-    if json:
+    if json and first:
         emit_json(asdict(tally))
 
 
