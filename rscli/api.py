@@ -153,6 +153,8 @@ class Attack(Plugin):
     """Moves the clean images before the noise is added."""
 
     kind: ClassVar[str] = "attacks"
+    least_m: ClassVar[int] = 1
+    """How many noisy copies of an image it needs at least: with fewer, training does not begin."""
 
     def perturb(self, step: TrainStep) -> Tensor:
         """The moved images (batch, channel, height, width), in [0, 1], detached.

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from rscli.api import Attack, TrainStep
-from rscli.errors import InputError
 from rscli_core.attacks.ddn import Ddn
 from rscli_core.attacks.gradient_free import GradientFree
 from rscli_core.attacks.pgd import Pgd
@@ -216,10 +215,8 @@ def test_the_gradient_free_direction_approaches_the_gradient_with_many_copies() 
     assert torch.cosine_similarity(free, true).min() > 0.9
 
 
-def test_gradient_free_refuses_a_single_copy() -> None:
-    with pytest.raises(InputError, match="m = 1") as caught:
-        build(GradientFree).perturb(a_step(1))
-    assert "loss.m to 2 or more" in str(caught.value)
+def test_gradient_free_needs_two_copies_and_the_others_one() -> None:
+    assert [attack.least_m for attack in (Pgd, Ddn, GradientFree)] == [1, 1, 2]
 
 
 def test_ddn_leaves_alone_what_is_wrong_already_or_cannot_be_reached() -> None:

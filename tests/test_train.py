@@ -316,6 +316,17 @@ def test_an_attack_that_changes_the_shape_is_named():
         attacked(Cropping(), a_step())
 
 
+@pytest.mark.parametrize("what", [outlook, lambda *a: train(*a, Silent())], ids=["dry-run", "train"])
+def test_an_attack_that_needs_more_copies_is_refused_before_anything_is_written(tmp_path, what):
+    """The gradient-free one: with a single copy its direction would be the noise itself, whatever the model says."""
+    free = {"loss__name": "gaussian", "loss__lbd": "", "attack__name": "gradient-free", "attack__epsilon": "1.0"}
+    with pytest.raises(InputError, match=r"'gradient-free' compares 2 noisy copies .* but m = 1") as error:
+        what(settings(**free), options(tmp_path / "run"))
+    assert "loss.m=2" in error.value.hint
+    assert not (tmp_path / "run").exists()
+    assert outlook(settings(**free, loss__m="2"), options(tmp_path / "run")).chunks == 2
+
+
 @pytest.mark.parametrize(("by", "says"), [(0.5, "to 1.5"), (-0.5, "from -0.5"), (100, "nan")], ids=["above", "below", "nan"])
 def test_an_attack_that_leaves_the_box_is_named(by, says):
     step = replace(a_step(), images=torch.linspace(0, 1, 80).view(5, 1, 4, 4))

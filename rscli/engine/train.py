@@ -61,8 +61,9 @@ class Outlook:
 def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     """Builds the network and counts, without reading images or writing anything.
 
-    Raises `InputError` if the network cannot be trained on the smallest step.
+    Raises `InputError` if the network cannot be trained on the smallest step, or the attack not with so few copies.
     """
+    _check_copies(resolved)
     spec = resolved.dataset.spec(options.data_dir)
     images = spec.sizes.get("train")
     chunks = resolved.loss.m if resolved.chunked else 1
@@ -71,6 +72,15 @@ def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     if images:
         check_lonely_images(resolved, classifier, spec, images)
     return Outlook(parameter_count(classifier), images, steps, chunks, RunFolder(options.out).files())
+
+
+def _check_copies(resolved: Resolved) -> None:
+    """Raises `InputError` if the attack needs more noisy copies of an image than the loss has."""
+    attack, m = resolved.attack, resolved.loss.m
+    if attack is not None and m < attack.least_m:
+        name = (resolved.config.attack or {})["name"]
+        hint = f"Write --set loss.m={attack.least_m} or more, or choose another attack."
+        raise InputError(f"the attack {name!r} compares {attack.least_m} noisy copies of an image or more, but m = {m}", hint)
 
 
 def initial_classifier(resolved: Resolved, spec: DataSpec) -> Classifier:
@@ -96,6 +106,7 @@ def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path
 
 
 def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: StopRequest) -> Path:
+    _check_copies(resolved)
     device = pick_device(options.device)
     spec = resolved.dataset.spec(options.data_dir)
     split = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rscli.api import TrainStep
-from rscli.errors import InputError
 from rscli_core.attacks._smoothadv import Ascent
 
 if TYPE_CHECKING:
@@ -18,18 +17,15 @@ class GradientFree(Ascent):
     The gradient of PGD is replaced by 1/m sum_i -softmax f(x + d + delta_i)_y delta_i: up to a factor 1/sigma^2, what m
     samples say of the downward slope of the smoothed probability of y. Steps, clipping and projection are those of PGD.
     With one copy it would be the noise itself whatever the model says, so m >= 2 is needed (the authors' code falls back to
-    PGD).
+    PGD, the engine refuses to begin).
     """
 
+    least_m: ClassVar[int] = 2
+
     def ascent(self, step: TrainStep, moved: Tensor) -> Tensor:
-        """The estimate at `moved`. Raises `InputError` if there is a single noisy copy."""
+        """The estimate at `moved`."""
         from torch import no_grad
 
-        if len(step.noise) < 2:
-            raise InputError(
-                "the gradient-free attack compares noisy copies of an image, but m = 1",
-                "Set loss.m to 2 or more, or use the attack pgd.",
-            )
         with no_grad():
             p = step.logits(moved + step.noise).softmax(-1)
             p_y = p.gather(-1, step.labels.expand(p.shape[:-1]).unsqueeze(-1))  # (m, batch, 1)
