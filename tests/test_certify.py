@@ -417,6 +417,47 @@ def test_a_field_that_the_certifier_lacks_is_named(model, tmp_path):
         certify(wrong, Silent())
 
 
+@pytest.mark.parametrize(
+    ("certifier", "said"),
+    [
+        ({"alpha": 2.0}, "certifier.alpha = 2.0 (as given): must be less than 1"),
+        ({"alpha": float("nan")}, "certifier.alpha = NaN (as given): must be a finite number"),
+        ({"n": "many"}, 'certifier.n = "many" (as given): must be a valid integer, unable to parse string as an integer'),
+        (
+            {"early_abstian": True},
+            "certifier.early_abstian = true (as given): unknown key; did you mean certifier.early_abstain?",
+        ),
+        ({"nmae": "x"}, 'certifier.nmae = "x" (as given): unknown key; did you mean certifier.name?'),
+        ({"name": "cohan"}, 'certifier.name = "cohan" (as given): no installed package provides the certifiers plugin'),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_certifier_is_said_in_the_words_of_a_configuration(certifier, said):
+    from rscli.engine.certify import build_certifier
+
+    with pytest.raises(ConfigError, match="has 1 problem") as error:
+        build_certifier({"name": "cohen", "n": 100, **certifier})
+    assert said in error.value.message
+    assert "Input should" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"size": 3}, "data.size = 3 (--set): unknown key; the keys here are data.name"),
+        ({"name": "imagefolder", "size": -1}, "data.size = -1 (--set): must be greater than or equal to 1"),
+        ({"name": "digit"}, "data.name = \"digit\" (--set): no installed package provides the datasets plugin 'digit'"),
+        ({"name": 3}, "data.name = 3 (--set): must name a plugin"),
+    ],
+    ids=["unknown", "out-of-bounds", "no-plugin", "no-name"],
+)
+def test_wrong_data_are_said_in_the_words_of_a_configuration(model, tmp_path, data, said):
+    with pytest.raises(ConfigError, match="has 1 problem") as error:
+        certify(options(model, tmp_path / "r.tsv", data=data), Silent())
+    assert said in error.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_few_samples_to_certify_anything_are_refused():
     from rscli.engine.certify import build_certifier
 

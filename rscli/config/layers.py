@@ -137,9 +137,9 @@ def _head(nested: dict[str, Any], problems: Problems) -> TrainConfig | None:
         return None
 
 
-def build_section(section: str, given: Any, problems: Problems) -> Plugin | None:
-    """The plugin of a section; None if it has none (no attack), or after a problem was noted."""
-    kind, key = SECTIONS[section], (section, "name")
+def build_section(section: str, given: Any, problems: Problems, kind: str | None = None) -> Plugin | None:
+    """The plugin of a section (`kind` None: of the kind in `SECTIONS`); None if it has none, or after a problem was noted."""
+    kind, key = kind or SECTIONS[section], (section, "name")
     if given is None and section == "attack":
         return None
     if not isinstance(given, dict | None):

@@ -84,7 +84,9 @@ class Problems:
                     yield f"{section}.{name}"
                 elif name not in self.models and name not in SECTIONS:
                     yield name
-        yield from (f"{section}.name" for section in SECTIONS)
+        yield from (
+            f"{section}.name" for section in {**SECTIONS, **self.models} if section not in ("", "optimizer", "schedule")
+        )
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from pydantic import ValidationError
 
 from rscli import __version__
 from rscli.api import Certifier, Dataset, Question, fields_of
+from rscli.config.layers import build_section
+from rscli.config.problems import Problems
+from rscli.config.settings import flatten
 from rscli.engine.blocks import BLOCK
 from rscli.engine.data import Split, open_split
 from rscli.engine.devices import environment
@@ -31,7 +33,7 @@ from rscli.engine.score import Score, Tally
 from rscli.engine.signals import StopRequest, stop_requests
 from rscli.engine.tune import Choice
 from rscli.engine.writer import ResultWriter
-from rscli.errors import ConfigError, InputError, RscliError, Stopped
+from rscli.errors import InputError, RscliError, Stopped
 from rscli.registry import installed
 
 LONG_RUN = 1_000_000
@@ -69,12 +71,10 @@ class CertifyOptions:
 
 def build_certifier(section: dict[str, Any]) -> Certifier:
     """The certifier of `section` ("name" and fields). Raises `ConfigError` naming each field that does not fit."""
-    name = section["name"]
-    try:
-        certifier = cast(Certifier, installed().build("certifiers", section))
-    except ValidationError as cause:
-        problems = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in cause.errors()]
-        raise ConfigError(problems, f"`rscli plugins info certifiers {name}` shows the fields.") from cause
+    problems = Problems(flatten({"certifier": section}, "as given"))
+    plugin = build_section("certifier", section, problems, kind="certifiers")
+    problems.check()
+    certifier = cast(Certifier, plugin)
     if certifier.alpha ** (1 / certifier.n) < 0.5:
         least = math.ceil(math.log(certifier.alpha) / math.log(0.5))
         raise InputError(
@@ -276,11 +276,10 @@ def _shard_name(shard: tuple[int, int]) -> str:
 def _open(model: Model, options: CertifyOptions) -> Split:
     """The split to certify, read as the model wants its input."""
     card = model.card
-    section = {**card.data, **options.data}
-    try:
-        dataset = cast(Dataset, installed().build("datasets", section))
-    except ValidationError as cause:
-        raise ConfigError([f"data.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in cause.errors()]) from cause
+    problems = Problems({**flatten({"data": card.data}, "model file"), **flatten({"data": options.data}, "--set")})
+    plugin = build_section("data", {**card.data, **options.data}, problems)
+    problems.check()
+    dataset = cast(Dataset, plugin)
     names = dataset.spec(options.data_dir).class_names
     if names != card.spec.class_names:
         raise InputError(
