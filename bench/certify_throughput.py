@@ -161,7 +161,8 @@ def fastest_bare(case: Case, choice: Choice, precision: str) -> Choice:
     """The batch size and lanes with which the network alone is fastest, in the layout of `choice`; a compiled one stays."""
     if choice.compiled:
         return choice
-    several = {1, lanes_of(case.device)}
+    most = lanes_of(case.device)
+    several = {1, max(1, most // 4), most}  # as our trial
     candidates = [replace(choice, batch=b, lanes=k) for b in BATCHES[case.device.type] for k in several]
     speeds = measure({str(c): bare(case, c, precision) for c in candidates}, target=0.4, rounds=3)
     return max(candidates, key=lambda c: median(speeds[str(c)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,6 +319,28 @@ def test_where_torch_compile_does_not_work_and_was_asked_for_nothing_is_written(
         certify(chosen, Silent())
     assert "--no-compile" in (caught.value.hint or "")
     assert list(tmp_path.iterdir()) == []
+
+
+class Compiling:
+    """As torch.compile does, compiles whatever is not compiled when it is called, be it that another thread just does so."""
+
+    def __init__(self) -> None:
+        self.known, self.compiled = set(), []
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape not in self.known:
+            time.sleep(0.02)  # the other lanes arrive meanwhile
+            self.compiled.append(len(images))
+            self.known.add(images.shape)
+        return images.flatten(1)[:, :3]
+
+
+def test_lanes_compile_a_kind_of_batch_once():
+    gaussian, compiling = installed().build("noises", {"name": "gaussian", "sigma": 0.5}), Compiling()
+    network = sampling.OnceCompiled(compiling)
+    for batch in (32, 16, 32):
+        assert len(counts_of(Sampler(network, gaussian, 3, seed=0, batch=batch, device=CPU, lanes=4))) == 5
+    assert compiling.compiled == [32, 16]
 
 
 @pytest.mark.slow

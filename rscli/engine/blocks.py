@@ -66,13 +66,14 @@ def cut(pieces: list[Piece], most: int) -> list[list[Piece]]:
     room = most
     for piece in pieces:
         rest = piece
-        while rest.samples:
-            if not room:
-                groups.append([])
-                room = most
-            part, rest = rest.parted(min(room, rest.samples))
-            groups[-1].append(part)
-            room -= part.samples
+        while rest.samples > room:
+            if room:
+                part, rest = rest.parted(room)
+                groups[-1].append(part)
+            groups.append([])
+            room = most
+        groups[-1].append(rest)
+        room -= rest.samples
     return groups
 
 

@@ -56,6 +56,8 @@ class CertifierInquiry:
 
     def __post_init__(self) -> None:
         self.n0 = self.certifier.selection(self.question)
+        if self.n0 < 0:
+            raise PluginError(f"the certifier {type(self.certifier).__name__} wants {self.n0} selection samples")
         if self.n0 == 0:
             self._begin(np.zeros(self.question.classes, np.int64))
 

@@ -26,8 +26,9 @@ from rscli.engine.inquiry import Inquiry
 from rscli.engine.lanes import lanes
 from rscli.errors import InputError, PluginError, RscliError
 
-SPARE = 8
-"""How many batches' worth of drawn noise is kept at most: the rest of blocks whose next samples were not wanted yet."""
+SPARE = 4
+"""For each batch under way, so many batches' worth of drawn noise are kept at most: the rest of blocks whose next samples were
+not wanted yet."""
 
 
 @dataclass(eq=False)
@@ -79,14 +80,14 @@ class Sampler:
         self.precision, self.lanes = precision, lanes
         self.layout = memory_layout(channels_last)
         self.samples = 0
-        self._blocks = NoiseBlocks(noise, seed, device, most=SPARE * max(1, batch // BLOCK))
+        self._blocks = NoiseBlocks(noise, seed, device, most=SPARE * (lanes + 1) * max(1, batch // BLOCK))
         slots = (lanes + 1) * batch + 2  # a batch holds at most `batch` images, and those of one a lane wait for their look
         self._counts = torch.zeros(slots, classes, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self._sum = torch.zeros((), device=device)
         self._pattern: list[tuple[int, int]] = []
         self._starts = self._one
-        self._free = deque(range(slots))
+        self._free: deque[int] = deque()
         self._active: list[_Active] = []
         self._own = threading.local()  # each lane's batch of images
 
@@ -94,9 +95,14 @@ class Sampler:
         """Yields each inquiry when it wants no more, in the order in which they end; a few batches' worth is open at a time.
 
         None among `inquiries` says: no further one now, ask again for the next batch. It may come only while some are open.
-        `stop` is asked before every batch; once it says True, nothing more is drawn or yielded.
+        `stop` is asked before every batch; once it says True, nothing more is drawn or yielded. Of a run that was stopped or
+        failed, the next one knows nothing.
         Raises `RscliError` if the model's logits are not finite, `PluginError` if they have the wrong shape.
         """
+        self._active.clear()
+        self._free = deque(range(len(self._counts)))
+        self._counts.zero_()
+        self._sum.zero_()
         waiting = iter(inquiries)
         under_way: deque[Callable[[], list[Inquiry]]] = deque()
         with lanes(self.lanes) as pool:
@@ -158,21 +164,24 @@ class Sampler:
         return finish
 
     def _classify(self, pieces: list[Piece]) -> _Votes:
-        """Runs the model on the samples of `pieces`, in batches that fit: out of memory halves the batch for good."""
-        waiting, votes = [pieces], []
+        """Runs the model on the samples of `pieces`, in batches that fit: out of memory halves the batch for good.
+
+        Another lane may have halved it since these samples were handed out: they are cut to what it is now.
+        """
+        rest, votes = pieces, []
         with torch.inference_mode(), precision_scope(self.precision, self.device):
-            while waiting:
+            while rest:
                 batch = self.batch
+                first, *others = cut(rest, batch)
                 try:
-                    votes.append(self._forward(waiting[0], batch))
-                    waiting.pop(0)
+                    votes.append(self._forward(first, batch))
+                    rest = [piece for part in others for piece in part]
                 except torch.OutOfMemoryError:
                     if batch == 1:
                         raise
                     self.batch = min(self.batch, (batch + 1) // 2)
                     self._own.images = None
                     torch.cuda.empty_cache()
-                    waiting = [part for group in waiting for part in cut(group, self.batch)]
             if len(votes) == 1:
                 return votes[0]
             classes, totals = zip(*votes, strict=True)
@@ -185,7 +194,7 @@ class Sampler:
             shape = (batch, self.classes)
             raise PluginError(f"the model returned logits of shape {tuple(logits.shape)}, where {shape} was announced")
         used = sum(piece.samples for piece in pieces)
-        return logits[:used].argmax(-1), logits[:used].sum()
+        return logits[:used].argmax(-1), logits[:used].sum(dtype=torch.float32)  # float16 would overflow
 
     def _assemble(self, pieces: list[Piece], batch: int) -> Tensor:
         """The noisy images of `pieces`, and zeros up to the static shape: (batch, channel, height, width)."""
@@ -220,10 +229,13 @@ class Sampler:
         return self._starts
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        """`tensor` on the device; from pinned memory to CUDA, so that the host does not wait."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        """`tensor` on the device; from pinned memory to CUDA, so that the host does not wait.
+
+        Elsewhere it waits: MPS would read memory that is free again by then (pytorch/pytorch#189690).
+        """
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def _snapshot(self, ready: list[_Active]) -> _Snapshot | None:

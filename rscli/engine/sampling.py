@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rscli.engine.devices import memory_layout, pick_device, precision_scope
 from rscli.engine.lanes import lanes_of
@@ -74,10 +75,10 @@ class SamplingOptions:
         classifier: nn.Module = model.classifier.to(device).eval()
 
         @cache
-        def compiled() -> nn.Module:
+        def compiled() -> Callable[[Tensor], Tensor]:
             # one static shape; on CUDA, "reduce-overhead" replays the forward as a CUDA graph
             mode = "reduce-overhead" if device.type == "cuda" else "default"
-            return cast(nn.Module, torch.compile(classifier, mode=mode, dynamic=False))
+            return OnceCompiled(torch.compile(classifier, mode=mode, dynamic=False))
 
         def make(choice: Choice) -> Sampler:
             classifier.to(memory_format=memory_layout(choice.channels_last))
@@ -94,6 +95,29 @@ class SamplingOptions:
             )
 
         return make
+
+
+class OnceCompiled:
+    """A network by torch.compile that several lanes call: one lane compiles each kind of batch, while the others wait.
+
+    Without that, every lane that meets a new kind of batch before the first has compiled it compiles it again, one after the
+    other.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
+        self._network = network
+        self._lock = threading.Lock()
+        self._known: set[tuple[object, ...]] = set()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The logits (batch, classes) of `images` (batch, channel, height, width)."""
+        kind = (images.shape, images.stride(), torch.get_num_threads())  # what a compiled network is good for
+        if kind in self._known:
+            return self._network(images)
+        with self._lock:
+            logits = self._network(images)
+            self._known.add(kind)
+        return logits
 
 
 def _compiled_if_faster(make: Make, choice: Choice, shape: tuple[int, int, int], progress: Progress) -> Choice:
