@@ -56,7 +56,7 @@ def test_any_radius_reads_back_to_the_same_bits():
     source = random.Random(0)
     for _ in range(2000):
         radius = abs(struct.unpack("d", source.randbytes(8))[0])
-        if math.isfinite(radius):
+        if radius <= rows.LARGEST_RADIUS:  # false for NaN too; half of all bit patterns are left
             assert parse_row(format_row(Row(0, 1, 1, radius, True, 0.0))).radius == radius
 
 
@@ -94,6 +94,13 @@ def test_times_as_the_fields_tools_write_them(text, seconds):
         ("0\t1\t1\t-0.5\t1\t0:00:01", "radius is -0.5"),
         ("0\t1\t1\tinf\t1\t0:00:01", "radius is inf"),
         ("0\t1\t1\twide\t1\t0:00:01", "radius is 'wide'"),
+        ("0\t1\t1\t1e300\t1\t0:00:01", "radius is 1e+300, but no radius in pixels of [0, 1] is above 1000"),
+        (f"1{22 * '0'}\t1\t1\t0.1\t1\t0:00:01", f"idx is 1{22 * '0'}, but must be at most 1,000,000,000,000"),
+        ("1e22\t1\t1\t0.1\t1\t0:00:01", "idx is '1e22', but must be a whole number"),
+        (f"{5000 * '9'}\t1\t1\t0.1\t1\t0:00:01", "must be a whole number"),
+        (f"0\t{22 * '7'}\t{22 * '7'}\t0.1\t1\t0:00:01", "label is 7777777777"),
+        ("0\t1\t-2\t0\t0\t0:00:01", "predict is -2"),
+        (f"0\t1\t1\t0.1\t1\t{400 * '9'}:00:01", "but must be H:MM:SS"),
         ("0.5\t1\t1\t0.1\t1\t0:00:01", "idx is '0.5'"),
         ("-1\t1\t1\t0.1\t1\t0:00:01", "idx is -1"),
         ("0\t1\t1\t0.1\tyes\t0:00:01", "correct is 'yes'"),
@@ -110,6 +117,20 @@ def test_a_broken_line_is_an_error_that_names_file_line_and_rule(tmp_path, line,
     with pytest.raises(InputError, match=r"a\.tsv, line 3") as caught:
         read_results(path)
     assert said in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["n0", "n", "count", "runner_up"])
+@pytest.mark.parametrize(("text", "rule"), [(f"1{30 * '0'}", "at most 1,000,000,000,000"), ("-5", "never fewer than 0")])
+def test_no_number_of_samples_is_absurd(name, text, rule):
+    cells = dict(zip(rows.COLUMNS, format_row(ROWS[0]).rstrip("\n").split("\t"), strict=True))
+    with pytest.raises(ValueError, match=f"{name} is {text}, but .*{rule}"):
+        parse_row("\t".join({**cells, name: text}.values()))
+
+
+def test_the_largest_numbers_are_read_and_add_up(tmp_path):
+    largest = replace(ROWS[0], radius=1000.0, n0=10**12, n=10**12, count=10**12, runner_up=0, predict=1, label=1, correct=True)
+    written(tmp_path / "r.tsv", [replace(largest, idx=10**12 - k) for k in range(3)])
+    assert int(read_results(tmp_path / "r.tsv").n.sum()) == 3 * 10**12
 
 
 # --- writing ---

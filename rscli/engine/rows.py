@@ -34,7 +34,13 @@ FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 COLUMNS = (*FIELD_COLUMNS, "n0", "n", "count", "runner_up", "reason", "saturated")
 HEADER = "\t".join(COLUMNS) + "\n"
 
-_TIME = re.compile(r"(?:(\d+) days?, )?(\d+):(\d\d):(\d\d(?:\.\d+)?)")
+LARGEST_COUNT = 10**12
+"""Above every index, class and number of samples (`--n` ends here), and small enough for sums over all images."""
+
+LARGEST_RADIUS = 1000.0
+"""In pixels of [0, 1]: no two colour images of 577x577 are farther apart."""
+
+_TIME = re.compile(r"(?:(\d{1,9}) days?, )?(\d{1,9}):(\d\d):(\d\d(?:\.\d{1,99})?)")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,10 @@ def parse_row(line: str, columns: Sequence[str] = COLUMNS) -> Row:
     cells = dict(zip(columns, texts, strict=True))
 
     def integer(name: str) -> int:
-        return int(_number(cells[name], name, int))
+        value = int(_number(cells[name], name, int))
+        if abs(value) > LARGEST_COUNT:
+            raise ValueError(f"{name} is {cells[name][:40]}, but must be at most {LARGEST_COUNT:,}")
+        return value
 
     def optional(name: str) -> int | None:
         return integer(name) if cells.get(name) else None
@@ -98,8 +107,15 @@ def _check(row: Row) -> None:
     """Raises `ValueError` for a row that no certification can have written."""
     if row.idx < 0:
         raise ValueError(f"idx is {row.idx}, but an index is never negative")
+    if row.predict < ABSTAIN:
+        raise ValueError(f"predict is {row.predict}, but a class is never negative, and an abstention is {ABSTAIN}")
+    for name in ("n0", "n", "count", "runner_up"):
+        if (getattr(row, name) or 0) < 0:
+            raise ValueError(f"{name} is {getattr(row, name)}, but samples are never fewer than 0")
     if not (math.isfinite(row.radius) and row.radius >= 0):
         raise ValueError(f"radius is {row.radius}, but a radius is finite and never negative")
+    if row.radius > LARGEST_RADIUS:
+        raise ValueError(f"radius is {row.radius}, but no radius in pixels of [0, 1] is above {LARGEST_RADIUS:g}")
     if row.correct != (row.predict == row.label):
         raise ValueError(f"correct is {int(row.correct)}, but predict is {row.predict} and label is {row.label}")
     if row.predict == ABSTAIN and row.radius > 0:
