@@ -28,8 +28,8 @@ class Ddn(SmoothAdv):
         norm <- norm (1 - gamma) if x + d was adversarial, else norm (1 + gamma)
         d    <- norm d / |d|, then x + d rounded to `levels` grey levels and clipped to [0, 1]
 
-    Adversarial: most of the m copies are given another class than y (on equal votes the lower class counts). The shortest
-    adversarial d that was looked at, zero if there was none, is clipped to [0, 1] and projected to |d| <= epsilon.
+    Adversarial: the class that most of the m copies are given (the lowest, on equal votes) is not y. The shortest adversarial d
+    that was looked at, zero if there was none, is clipped to [0, 1] and projected to |d| <= epsilon.
 
     Where we differ from the authors' code: where g = 0 it takes a random direction, we stay; it rounds once more after the
     last projection, which may leave |d| > epsilon, we do not; it caps the norm at the farthest corner of the box, which
