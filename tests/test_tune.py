@@ -25,6 +25,7 @@ from rscli.engine.inquiry import CertifierInquiry
 from rscli.engine.preview import cost
 from rscli.engine.progress import Silent
 from rscli.engine.protocol import protocol_path
+from rscli.engine.ranks import Alone
 from rscli.engine.sample import Sampler
 from rscli.engine.seeds import block_generator
 from rscli.engine.train import TrainOptions, train
@@ -281,6 +282,29 @@ def test_a_run_of_hours_tries_torch_compile_and_its_continuation_keeps_it(model,
     certify(options(model, out, resume=True), Silent())
     assert len(calls) == 2
     assert compiled(out)
+
+
+def test_the_preview_is_for_the_beginning_of_a_run(model, tmp_path, hours, monkeypatch):
+    """A run that goes on measures torch.compile again, but most of its images may be done."""
+    pretend_to_compile(monkeypatch, faster)
+    first, again, out = Listening(), Listening(), tmp_path / "r.tsv"
+    certify(options(model, out), first)
+    certify(options(model, out, resume=True), again)
+    assert len(first.notes) == 3
+    assert again.notes == first.notes[:1]
+
+
+@pytest.mark.parametrize(("world", "tried"), [(1, True), (8, False)])
+def test_whether_a_run_takes_hours_is_asked_of_each_process(world, tried, model, tmp_path, trials, monkeypatch):
+    class Several(Alone):
+        """One process that believes in others."""
+
+    monkeypatch.setattr(Several, "world", world)
+    monkeypatch.setattr(certifying, "join", Several)
+    monkeypatch.setattr(sampling, "COMPILE_SECONDS", 1000 / 1e6)  # 1,200 samples in all, at 1e6 a second
+    pretend_to_compile(monkeypatch, faster)
+    certify(options(model, tmp_path / "r.tsv"), Silent())
+    assert compiled(tmp_path / "r.tsv") == tried
 
 
 @pytest.mark.parametrize(

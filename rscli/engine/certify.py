@@ -226,11 +226,13 @@ def _prepare(
         ranks.meet("protocol")
     before = read_protocol(options.out) if options.resume or ranks.rank > 0 or options.shard else None
     long = len(wanted) * certifier.n >= LONG_RUN
-    samples = 0 if certifier.grid else len(wanted) * certifier.n  # nobody knows how soon a sequential test will stop
+    samples = len(wanted) * certifier.n // ranks.world
+    samples = 0 if certifier.grid else samples  # nobody knows how soon a sequential test will stop
     info = (before or {}).get("info") or {}
     sampler, choice = options.sampling.sampler(model, info, progress, samples=samples, long=long)
     if choice.speed is not None:
         progress.note(f"trial: {choice}: {choice.speed:,.0f} samples/s")
+    if choice.speed is not None and not info:  # of a run that goes on, most may be done
         speed = choice.speed * ranks.world
         progress.note(cost(certifier, len(wanted), speed))
         if not certifier.grid:

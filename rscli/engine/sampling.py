@@ -48,9 +48,9 @@ class SamplingOptions:
     ) -> tuple[Sampler, Choice]:
         """A sampler of `model`, moved to the device, and how it was chosen.
 
-        `before` is the `info` of a run that is continued; `samples` are wanted in all, at most; only a `long` run is worth a
-        trial. Raises `InputError` for a device or precision that is not to be had, `RscliError` if torch.compile was asked
-        for and cannot compile.
+        `before` is the `info` of a run that is continued; `samples` are this process's share, at most; only a `long` run is
+        worth a trial. Raises `InputError` for a device or precision that is not to be had, `RscliError` if torch.compile was
+        asked for and cannot compile.
         """
         device = pick_device(self.device)
         precision_scope(self.precision, device)
