@@ -89,7 +89,8 @@ def _refused(path: Path, reason: str) -> InputError:
         "Often these are harmless: numpy numbers in the state of the optimiser, or a whole module instead of its state dict. "
         "If you trust whoever made the file, write what is needed to a new one, and import that. This runs the file's code:\n"
         f"  import torch; c = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
-        "  torch.save({k: c[k] for k in ('arch', 'epoch', 'state_dict', 'net') if k in c}, 'weights.pth')",
+        "  c = {'state_dict': c.state_dict()} if hasattr(c, 'state_dict') else c\n"
+        f"  torch.save({{k: c[k] for k in {('arch', 'epoch', *STATE_KEYS)} if k in c}}, 'weights.pth')",
     )
 
 
