@@ -25,12 +25,13 @@ from rscli.engine.inquiry import CertifierInquiry
 from rscli.engine.preview import cost
 from rscli.engine.progress import Silent
 from rscli.engine.protocol import protocol_path
-from rscli.engine.ranks import Alone
+from rscli.engine.ranks import Alone, Together
 from rscli.engine.sample import Sampler
 from rscli.engine.seeds import block_generator
+from rscli.engine.signals import StopRequest
 from rscli.engine.train import TrainOptions, train
 from rscli.engine.tune import Choice
-from rscli.errors import RscliError
+from rscli.errors import RscliError, Stopped
 from rscli.registry import installed
 
 CPU = torch.device("cpu")
@@ -305,6 +306,15 @@ def test_whether_a_run_takes_hours_is_asked_of_each_process(world, tried, model,
     pretend_to_compile(monkeypatch, faster)
     certify(options(model, tmp_path / "r.tsv"), Silent())
     assert compiled(tmp_path / "r.tsv") == tried
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_waits_for_the_trial_or_the_start_of_another_can_be_stopped(rank, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(certifying, "join", lambda: Together(torch.distributed.HashStore(), rank, 2))
+    stop = StopRequest()
+    stop.requested = True
+    with pytest.raises(Stopped, match="waiting for the other"):
+        certifying._certify(options(model, tmp_path / "r.tsv"), Silent(), stop)
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,8 @@ def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest) -> 
     options = replace(options, radii=decided_radii(certifier, model.noise, options.radii))
     split = _open(model, options)
     wanted = _wanted(options, len(split))
-    sampler, protocol = _prepare(model, certifier, split, options, ranks, progress, wanted)
-    with _begin(options, protocol, ranks) as writer:
+    sampler, protocol = _prepare(model, certifier, split, options, ranks, progress, stop, wanted)
+    with _begin(options, protocol, ranks, stop) as writer:
         for text in writer.notes:
             progress.warn(text)
         run = _Run(_Images(model, certifier, split, options), sampler, writer, ranks, progress, stop)
@@ -216,6 +216,7 @@ def _prepare(
     options: CertifyOptions,
     ranks: Ranks,
     progress: Progress,
+    stop: StopRequest,
     wanted: list[int],
 ) -> tuple[Sampler, dict[str, Any]]:
     """The sampler, and the protocol. All processes of a run, and a run that is resumed, use one batch size and layout.
@@ -223,7 +224,7 @@ def _prepare(
     Another batch size draws the same noise, but may change the last bits of the network's output.
     """
     if ranks.rank > 0:
-        ranks.meet("protocol")
+        ranks.meet("protocol", stop)
     before = read_protocol(options.out) if options.resume or ranks.rank > 0 or options.shard else None
     long = len(wanted) * certifier.n >= LONG_RUN
     samples = len(wanted) * certifier.n // ranks.world
@@ -243,7 +244,7 @@ def _prepare(
     return sampler, _protocol(model, certifier, split, sampler, choice, options)
 
 
-def _begin(options: CertifyOptions, protocol: dict[str, Any], ranks: Ranks) -> ResultWriter:
+def _begin(options: CertifyOptions, protocol: dict[str, Any], ranks: Ranks, stop: StopRequest) -> ResultWriter:
     """Opens the result file, or this process's part of it."""
     names = [] if options.shard is None else [_shard_name(options.shard)]
     names += [] if ranks.world == 1 else [f"rank-{ranks.rank}-of-{ranks.world}"]
@@ -251,8 +252,8 @@ def _begin(options: CertifyOptions, protocol: dict[str, Any], ranks: Ranks) -> R
         return (ResultWriter.resume if _there(options) else ResultWriter.create)(options.out, protocol)
     writer = ResultWriter.join(options.out, protocol, "-".join(names))
     if ranks.rank == 0:
-        ranks.meet("protocol")
-    ranks.meet("begun")  # nobody writes before everybody has read what is there
+        ranks.meet("protocol", stop)
+    ranks.meet("begun", stop)  # nobody writes before everybody has read what is there
     return writer
 
 
