@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from rscli.api import Question
+from rscli.cli.app import app
 from rscli.config.layers import resolve
 from rscli.engine import certify as certifying
 from rscli.engine import sampling, tune
@@ -243,6 +245,15 @@ def test_the_pilot_of_the_preview_changes_no_row(model, tmp_path, trials, monkey
 
 def without_time(path: Path) -> list[list[str]]:
     return [line.split("\t")[:5] + line.split("\t")[6:] for line in path.read_text().splitlines()]
+
+
+def test_a_certifier_has_its_own_number_of_selection_samples(model, tmp_path):
+    for certifier, wanted in (("two-stage", 1000), ("cohen", 100)):
+        out = tmp_path / f"{certifier}.tsv"
+        command = ["certify", str(model), "--out", str(out), "--data-dir", str(tmp_path), "--max", "1", "--n", "200", "-q"]
+        found = CliRunner().invoke(app, [*command, "--device", "cpu", "--certifier", certifier])
+        assert found.exit_code == 0, found.output
+        assert json.loads(protocol_path(out).read_text())["n0"] == wanted
 
 
 @pytest.fixture

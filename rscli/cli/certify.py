@@ -15,7 +15,10 @@ from rscli.cli import options as opt
 def certify(
     model: Annotated[Path, typer.Argument(help="A model file (model.safetensors), or its run folder.")],
     n: Annotated[int, typer.Option("--n", min=1, max=10**12, help="Samples an image.")] = 100_000,
-    n0: Annotated[int, typer.Option("--n0", min=1, max=10**12, help="Selection samples an image.")] = 100,
+    n0: Annotated[
+        int | None,
+        typer.Option("--n0", min=1, max=10**12, help="Selection samples an image.  [default: the certifier's; of cohen, 100]"),
+    ] = None,
     alpha: Annotated[float, typer.Option("--alpha", help="Probability that a certificate is wrong, at most.")] = 0.001,
     certifier: Annotated[str, typer.Option("--certifier", help="See `rscli plugins`.")] = "cohen",
     radii: Annotated[
@@ -28,7 +31,7 @@ def certify(
     ] = 1,
     max: Annotated[int | None, typer.Option("--max", min=1, help="Certify at most so many images.", metavar="M")] = None,
     shard: Annotated[
-        str | None, typer.Option("--shard", metavar="K/N", help="Certify the K-th of N parts (job arrays); see below.")
+        str | None, typer.Option("--shard", metavar="K/N", help="Certify the K-th of N parts (job arrays); see above.")
     ] = None,
     labels: Annotated[
         bool, typer.Option("--labels", help="Test each image's label, without selection samples: certified accuracy only.")
@@ -49,11 +52,16 @@ def certify(
     ] = None,
     autotune: Annotated[
         bool | None,
-        typer.Option("--autotune/--no-autotune", help="Try batch sizes and layouts first.  [default: if the run is long]"),
+        typer.Option(
+            "--autotune/--no-autotune",
+            help="Try layouts, batch sizes and batches side by side first.  [default: in long runs without --batch]",
+        ),
     ] = None,
     compile: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="torch.compile (CUDA graphs on a GPU).  [default: tried in long runs]"),
+        typer.Option(
+            "--compile/--no-compile", help="torch.compile (CUDA graphs on a GPU).  [default: tried in runs of over 10 minutes]"
+        ),
     ] = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -83,6 +91,7 @@ def certify(
 
     path = model_path(model)
     settings = _settings(sets or [])
+    selection = {} if n0 is None else {"n0": n0}
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; it speaks for all
     progress = listener(quiet or not first)
     tally = run(
@@ -90,7 +99,7 @@ def certify(
             model=path,
             out=out or path.parent / "results.tsv",
             data_dir=data_dir,
-            certifier={"name": certifier, "n": n, "n0": n0, "alpha": alpha, **settings["certifier"]},
+            certifier={"name": certifier, "n": n, "alpha": alpha, **selection, **settings["certifier"]},
             data=settings["data"],
             split=split,
             start=start,
