@@ -426,6 +426,34 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(tmp_path):
     assert "cifar-resnet (depth = 8): 2 missing, 2 extra, 1 misshapen, 1 not finite" in error.message
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weight: weight.long(), "int64"),
+        (lambda weight: weight > 0, "bool"),
+        (lambda weight: weight.to(torch.complex64), "complex64"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda weight: weight.to_sparse(), "sparse_coo float32"),
+        (lambda weight: weight.to("meta"), "without values float32"),
+    ],
+    ids=["int", "bool", "complex", "float8", "sparse", "meta"],
+)
+def test_weights_of_another_type_are_refused(tmp_path, change, said):
+    """Converted in silence, they would make another network."""
+    tensors = network(RESNET8).state_dict()
+    torch.save({"state_dict": {**tensors, "fc.weight": change(tensors["fc.weight"])}}, tmp_path / "c.pth")
+    error = refusal(tmp_path / "c.pth")
+    wanted = f"of another type: fc.weight is {said}, and must be plain floating-point numbers"
+    assert lines(error, "of another type") == [wanted]
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_another_precision_are_read(tmp_path, kind):
+    tensors = {name: t.to(kind) if t.is_floating_point() else t for name, t in network(RESNET8).state_dict().items()}
+    torch.save({"arch": "cifar_resnet8", "state_dict": tensors}, tmp_path / "c.pth")
+    assert bring(tmp_path / "c.pth").model.exists()
+
+
 def test_a_wrong_depth_lists_some_and_counts_the_others(tmp_path):
     error = refusal(published(tmp_path / "c.pth", network({"name": "cifar-resnet", "depth": 20})))
     assert "(depth = 8): 72 extra" in error.message  # 20 has six blocks more, of two convolutions (1) and norms (5) each

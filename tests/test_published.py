@@ -363,8 +363,9 @@ def test_another_protocol_is_never_within(tmp_path, protocol, said):
         ({"split": "train"}, "they are of the split test, this is train"),
         ({"noise": {"name": "uniform"}}, "they are for Gaussian noise, this is uniform"),
         ({"loss": None}, "the protocol does not say how the model was trained"),
+        ({"sigma": None}, "the protocol does not say how the model was trained"),
     ],
-    ids=["sigma", "method", "split", "noise", "imported"],
+    ids=["sigma", "method", "split", "noise", "imported", "no-sigma"],
 )
 def test_no_row_is_said_with_its_reason(tmp_path, changed, why):
     comparison = published(write(tmp_path / "a.tsv", constant(range(20), 1.0), **changed))

@@ -394,3 +394,42 @@ def test_every_published_log_reads(shared):
         found = read_results(path)
         assert found.idx.size == (500 if "imagenet" in path.name else 10_000)
         assert found.radius[found.predict == -1].max(initial=0) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"alpha": "small"}, 'alpha = "small" must be a valid number'),
+        ({"alpha": 1.5}, "alpha = 1.5 must be less than 1"),
+        ({"sigma": -1}, "sigma = -1 must be greater than 0"),
+        ({"sigma": math.nan}, "sigma = NaN must be a finite number"),
+        ({"n": 1.5}, "n = 1.5 must be a valid integer"),
+        ({"n0": True}, "n0 = true must be a valid integer"),
+        ({"radii": 0.5}, "radii = 0.5 must be a valid list"),
+        ({"radii": [0.5, "x"]}, 'radii.1 = "x" must be a valid number'),
+        ({"labels": "no"}, 'labels = "no" must be a valid boolean'),
+        ({"certifier": 3}, "certifier = 3 "),
+        ({"certifier": {"name": 3}}, "certifier.name = 3 must be a valid string"),
+        ({"certifier": {}}, "certifier.name is missing"),
+        ({"noise": "gaussian"}, 'noise = "gaussian" '),
+        ({"info": []}, "info "),
+        ({"info": {"batch": "x"}}, 'info.batch = "x" must be a valid integer'),
+        ({"info": {"batch": 0}}, "info.batch = 0 must be greater than or equal to 1"),
+        ({"info": {"lanes": -1}}, "info.lanes = -1 must be"),
+        ({"info": {"channels_last": 3}}, "info.channels_last = 3 must be a valid boolean"),
+        ({"info": {"train_seed": "x"}}, 'info.train_seed = "x" must be a valid integer'),
+        ({"info": {"loss": {}}}, "info.loss.name is missing"),
+        ({"info": {"config": 3}}, "info.config = 3 must be a valid dictionary"),
+        ({"n": 1.5, "alpha": 2}, "n = 1.5 must be a valid integer; alpha = 2 must be less than 1"),
+    ],
+    ids=str,
+)
+def test_a_protocol_that_somebody_edited_is_refused_in_one_message(tmp_path, change, said):
+    path = tmp_path / "r.tsv"
+    written(path)
+    protocol_path(path).write_text(json.dumps({**PROTOCOL, **change}))
+    for read in (read_results, lambda path: ResultWriter.resume(path, PROTOCOL)):
+        with pytest.raises(InputError, match=r"r\.tsv\.protocol\.json is broken: ") as caught:
+            read(path)
+        assert said in caught.value.message
+        assert "\n" not in caught.value.message

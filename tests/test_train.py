@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +138,56 @@ def test_a_broken_checkpoint_is_refused_and_nothing_is_run_from_it(uninterrupted
     (folder / "checkpoint.pt").write_bytes(damage)
     with pytest.raises(InputError, match="checkpoint"):
         train(settings(), options(folder, resume=True), Silent())
+
+
+FIRST = "network.fc1.weight"
+EDITS = {
+    "epoch-text": (lambda s: {**s, "epoch": "one"}, 'is damaged: epoch = "one" must be a valid integer'),
+    "epoch-negative": (lambda s: {**s, "epoch": -1}, "is damaged: epoch = -1 must be greater than or equal to 0"),
+    "epoch-beyond": (lambda s: {**s, "epoch": 9}, "it is at epoch 10, batch 0, of a run of 2 epochs with 6 batches each"),
+    "batch-fraction": (lambda s: {**s, "batch": 0.5}, "is damaged: batch = 0.5 must be a valid integer"),
+    "batch-beyond": (lambda s: {**s, "epoch": 1, "batch": 6}, "it is at epoch 2, batch 6, of a run"),
+    "model-list": (lambda s: {**s, "model": [1]}, "is damaged: model must be a valid dictionary"),
+    "weight-text": (lambda s: {**s, "model": {**s["model"], FIRST: "x"}}, f"is damaged: model.{FIRST} = "),
+    "weight-missing": (lambda s: {**s, "model": {}}, "does not fit this run: Error(s) in loading state_dict"),
+    "weight-shape": (lambda s: {**s, "model": {**s["model"], FIRST: torch.zeros(3)}}, "size mismatch"),
+    "optimizer-none": (lambda s: {**s, "optimizer": None}, "is damaged: optimizer = null"),
+    "optimizer-empty": (lambda s: {**s, "optimizer": {}}, "optimizer.state is missing; optimizer.param_groups is missing"),
+    "momentum": (lambda s: _group(s, momentum=0.5), "its optimiser has momentum 0.5, and the run has 0.9"),
+    "momentum-buffer": (lambda s: _buffer(s, torch.zeros(2)), "momentum_buffer of its optimiser does not have the shape"),
+    "momentum-text": (lambda s: _buffer(s, "x"), "momentum_buffer of its optimiser does not have the shape"),
+    "meter-list": (lambda s: {**s, "meter": []}, "is damaged: meter "),
+    "meter-nan": (lambda s: {**s, "meter": {"sums": {"loss": math.nan}, "images": 3}}, "meter.sums.loss = NaN must be"),
+    "meter-images": (lambda s: {**s, "meter": {"sums": {}, "images": True}}, "meter.images = true must be a valid integer"),
+}  # fmt: skip
+
+
+def _group(state, **changes):
+    groups = [{**group, **changes} for group in state["optimizer"]["param_groups"]]
+    return {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
+
+
+def _buffer(state, value):
+    return {**state, "optimizer": {**state["optimizer"], "state": {0: {"momentum_buffer": value}}}}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_checkpoint_that_somebody_edited_is_refused_in_one_message(uninterrupted, tmp_path, edit):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    (folder / "model.safetensors").unlink()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    change, said = EDITS[edit]
+    torch.save(change(state), folder / "checkpoint.pt")
+    before = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(InputError) as caught:
+        train(settings(), options(folder, resume=True), Silent())
+    assert f"the checkpoint {folder / 'checkpoint.pt'} " in caught.value.message
+    assert said in caught.value.message
+    assert "\n" not in caught.value.message
+    assert "--resume" in caught.value.hint
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert not (folder / "model.safetensors").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_terms_and_learning_rate(tmp_path):

@@ -102,6 +102,16 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
     return best if best is not None and likeness(best)[0] >= 0.6 else None
 
 
+def faults(error: ValidationError) -> list[str]:
+    """One line for everything that pydantic found in a file of ours: `info.batch = "x" must be a valid integer`."""
+    found = []
+    for detail in error.errors(include_url=False, include_context=False):
+        key = ".".join(map(str, detail["loc"]))
+        given = "" if isinstance(detail["input"], dict | list) else f" = {_shown(detail['input'])[:80]}"
+        found.append(f"{key} is missing" if detail["type"] == "missing" else f"{key}{given} {_rule(detail)}")
+    return found
+
+
 def _path(loc: tuple[int | str, ...], given: Any) -> Key:
     """The part of pydantic's location that is a key: it goes on into list items and branches of unions, which no user wrote."""
     path: list[str] = []

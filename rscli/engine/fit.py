@@ -11,7 +11,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types that weights come in; others would be weights only after a scale that is kept elsewhere."""
 
 _DENSE_LAYER = re.compile(r"features\.block(\d+)\.layer(\d+)\.brc_(\d)\.(norm|conv)\.")
 _DENSE_REST = (("features.conv0.", "conv1."), ("features.norm_last.", "bn."), ("classifier.", "fc."))
@@ -38,6 +42,18 @@ class Fit:
     def misshapen(self) -> list[str]:
         """Expected names whose tensors have another shape in the file."""
         return [name for name, tensor in self.tensors.items() if tensor.shape != self.expected[name].shape]
+
+    @property
+    def mistyped(self) -> list[str]:
+        """Expected names whose tensors are no plain numbers, or whole ones (perhaps quantised) in the place of weights."""
+        return [
+            name
+            for name, tensor in self.tensors.items()
+            if tensor.layout is not torch.strided
+            or tensor.is_meta
+            or tensor.is_quantized
+            or (self.expected[name].is_floating_point() and tensor.dtype not in WEIGHTS)
+        ]
 
 
 def fit_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Fit:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rscli.api import DataSpec
@@ -35,7 +36,12 @@ def check_fit(
         "missing": [f"{name} {_shape(fit.expected[name])}" for name in fit.missing],
         "extra": [f"{name} {_shape(tensor)}" for name, tensor in fit.extra.items()],
         "misshapen": [f"{n} is {_shape(fit.tensors[n])}, and must be {_shape(fit.expected[n])}" for n in fit.misshapen],
-        "not finite": [f"{n} holds NaN or infinite values" for n, t in fit.tensors.items() if not t.isfinite().all()],
+        "of another type": [f"{n} is {_type(fit.tensors[n])}, and must be plain floating-point numbers" for n in fit.mistyped],
+        "not finite": [
+            f"{n} holds NaN or infinite values"
+            for n, t in fit.tensors.items()
+            if n not in fit.mistyped and not t.isfinite().all()
+        ],
     }
     if not any(sorts.values()):
         return
@@ -86,3 +92,9 @@ def _nearest(name: str, fit: Fit) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _type(tensor: Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    how = [] if tensor.layout is torch.strided else [str(tensor.layout).removeprefix("torch.")]
+    return " ".join([*how, *(["without values"] if tensor.is_meta else []), kind])

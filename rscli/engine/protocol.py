@@ -4,15 +4,65 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rscli.config.problems import faults
 from rscli.engine.files import read_json
+from rscli.engine.rows import LARGEST_COUNT
 from rscli.errors import InputError
 
 FORMAT = 1
 
 SELECTION = ("start", "skip", "max")
 """Entries of `info` that say which images a run began with; a run that goes on may take others."""
+
+
+class _Part(BaseModel):
+    """A part of a protocol: null stands for what is unknown, and there may be more than is read."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Named(_Part):
+    """A plugin: its name, and its fields."""
+
+    name: str
+
+
+class _Certifier(_Named):
+    radii: list[Annotated[float, Field(ge=0)]] | None = None
+
+
+class _Info(_Part):
+    data: _Named | None = None
+    arch: _Named | None = None
+    loss: _Named | None = None
+    attack: _Named | None = None
+    config: dict[str, Any] | None = None
+    train_seed: int | None = None
+    batch: int | None = Field(None, ge=1, le=10**6)
+    channels_last: bool | None = None
+    lanes: int | None = Field(None, ge=1)
+    compile: bool | None = None
+
+
+class _Protocol(_Part):
+    format: int = Field(ge=1)
+    dataset: str | None = None
+    split: str | None = None
+    noise: _Named | None = None
+    sigma: float | None = Field(None, gt=0)
+    certifier: _Certifier | None = None
+    n0: int | None = Field(None, ge=0, le=LARGEST_COUNT)
+    n: int | None = Field(None, ge=0, le=LARGEST_COUNT)
+    alpha: float | None = Field(None, gt=0, lt=1)
+    radii: list[Annotated[float, Field(ge=0)]] | None = None
+    labels: bool | None = None
+    seed: int | None = None
+    precision: str | None = None
+    info: _Info | None = None
 
 
 def protocol_path(path: Path) -> Path:
@@ -28,11 +78,13 @@ def read_protocol(path: Path) -> dict[str, Any] | None:
     protocol = read_json(beside, "protocol file")
     if not isinstance(protocol, dict) or not isinstance(protocol.get("format"), int):
         raise InputError(f"{beside} is not the protocol of a result file: it has no format number")
-    broken = [name for name in ("info", "certifier", "noise") if not isinstance(protocol.get(name, {}), dict)]
-    if broken:
-        raise InputError(f"{beside} is broken: {broken[0]} must be an object", "Put the protocol file back as it was written.")
     if protocol["format"] > FORMAT:
         raise InputError(f"{beside} has format {protocol['format']}, this rscli reads up to {FORMAT}", "Update rscli.")
+    try:
+        _Protocol.model_validate(protocol)
+    except ValidationError as cause:
+        hint = "Put the protocol file back as it was written."
+        raise InputError(f"{beside} is broken: {'; '.join(faults(cause))}", hint) from cause
     return protocol
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from rscli.engine.files import read_json, replacing, write_json, write_text, writing
+from rscli.engine.position import check_position, remedy
 from rscli.errors import InputError
 
 CHECKPOINT_FORMAT = 1
@@ -90,7 +91,7 @@ class RunFolder:
 
     def load(self) -> dict[str, Any]:
         """The checkpoint, tensors on the CPU. Raises `InputError` if it is broken; never runs code from the file."""
-        hint = f"Remove {self.checkpoint} to start the run again from its beginning with --resume."
+        hint = remedy(self.checkpoint)
         try:
             state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as cause:  # torch raises many kinds for a broken file
@@ -101,6 +102,7 @@ class RunFolder:
         needed = {"epoch", "batch", "model", "optimizer", "meter"}
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT or not needed <= set(state):
             raise InputError(f"{self.checkpoint} is not a checkpoint of this version of rscli", hint)
+        check_position(state, self.checkpoint)
         return state
 
     def log(self, line: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from rscli.engine.lonely import check_lonely_images
 from rscli.engine.meter import Meter
 from rscli.engine.modelfile import ModelCard, save_model
 from rscli.engine.network import Classifier, build_classifier, parameter_count
+from rscli.engine.position import check_optimizer, check_place, fitting
 from rscli.engine.progress import Progress
 from rscli.engine.runfolder import RunFolder
 from rscli.engine.seeds import derive, generator
@@ -119,7 +120,8 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
         progress.note(f"{folder.model} is finished already")
         return folder.model
     if state is not None:
-        trainer.restore(state)
+        with fitting(folder.checkpoint):
+            trainer.restore(state)
         progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
     _run(trainer, folder, progress, stop)
     save_model(folder.model, trainer.classifier, model_card(resolved, spec))
@@ -188,10 +190,12 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from `state`."""
+        """Continues from `state`. Raises what torch does, or `ValueError`, if it is not of this run."""
+        check_place(state["epoch"], state["batch"], epochs=self.config.epochs, batches=self.batches)
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.classifier.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        check_optimizer(self.optimizer, self.config.optimizer.model_dump(exclude={"lr"}))
         self.meter = Meter(state["meter"])
 
     def epoch_batches(self) -> Iterator[None]:

@@ -61,7 +61,7 @@ def recipe(run: Results) -> Recipe | str:
     if (noise := (protocol.get("noise") or {}).get("name")) is None or plain(noise) != "gaussian":
         return f"they are for Gaussian noise, this is {noise}"
     arch, loss, attack = info.get("arch"), info.get("loss"), info.get("attack")
-    if not arch or not loss:
+    if not arch or not loss or protocol.get("sigma") is None:
         return "the protocol does not say how the model was trained"
     return Recipe(
         dataset=plain(str(protocol.get("dataset"))),
