@@ -85,10 +85,11 @@ def a_batch_costs(fixed: float, channels_last: float, contiguous: float):
 PRICES = {
     "channels-last-and-large": (a_batch_costs(0.01, 1e-5, 2e-5), 10**9, Choice(512, True, speed=512 / (0.01 + 512e-5))),
     "contiguous-and-large": (a_batch_costs(0.01, 2e-5, 1e-5), 10**9, Choice(512, False, speed=512 / (0.01 + 512e-5))),
-    "small": (lambda batch, layout: 1e-6 * batch**2 * (1 if layout else 2), 10**9, Choice(64, True, speed=1e6 / 64)),
+    "small": (lambda batch, layout: 1e-6 * batch**2 * (1 if layout else 2), 10**9, Choice(8, True, speed=1e6 / 8)),
     "larger-do-not-fit": (a_batch_costs(0.01, 1e-5, 2e-5), 300, Choice(256, True, speed=256 / (0.01 + 256e-5))),
     "only-the-smallest-fits": (a_batch_costs(0.01, 1e-5, 2e-5), 64, Choice(64, True, speed=64 / (0.01 + 64e-5))),
-    "slow": (a_batch_costs(0.0, 0.02, 0.04), 10**9, Choice(64, True, speed=50.0)),
+    "slow": (lambda batch, layout: 0.02 * batch * (1 if layout else 2) + 0.001, 10**9, Choice(32, True, speed=32 / 0.641)),
+    "very-slow": (a_batch_costs(0.0, 2.0, 4.0), 10**9, Choice(8, True, speed=0.5)),
 }
 
 
@@ -103,23 +104,39 @@ def test_nothing_that_fits_is_no_measurement(monkeypatch):
     assert Priced(lambda batch, layout: 1.0, most=1).tuned(monkeypatch).speed is None
 
 
-def test_a_network_is_not_tried_at_sizes_that_take_seconds(monkeypatch):
-    network = Priced(a_batch_costs(0.0, 0.012, 0.02))
+@pytest.mark.parametrize(
+    ("seconds", "tried"),
+    [(1e-5, {8, 64, 128, 256, 512}), (0.012, {8, 16, 32, 64}), (3.0, {8})],
+    ids=["fast", "slow", "very slow"],
+)
+def test_a_network_is_not_tried_at_sizes_that_take_more_than_a_second(seconds, tried, monkeypatch):
+    network = Priced(a_batch_costs(0.0, seconds, 2 * seconds))
     network.tuned(monkeypatch)
-    assert {batch for batch, _ in network.tried} == {64, 128}  # half of 128 in 0.77 s, half of 256 in 1.5 s
+    assert {batch for batch, _ in network.tried} == tried
+    if seconds > 1:
+        assert len(network.tried) <= 2 * 4, "one batch to warm up, one that counts, and those under way"
+
+
+def test_a_trial_can_be_stopped(monkeypatch):
+    network = Priced(a_batch_costs(0.1, 1e-5, 2e-5))
+    chosen = tune.tune(
+        network.sampler, CPU, SHAPE, batch=None, channels_last=None, lanes=1, stop=lambda: len(network.tried) >= 3
+    )
+    assert len(network.tried) == 3
+    assert chosen.speed is None
 
 
 @pytest.mark.parametrize(
     ("kept", "tried"),
     [
         ({"batch": 100}, {(100, True), (100, False)}),
-        ({"channels_last": False}, {(size, False) for size in tune.BATCHES["cpu"]}),
+        ({"channels_last": False}, {(size, False) for size in (8, 16, 32, 64)}),
         ({"batch": 7, "channels_last": True}, {(7, True)}),
     ],
     ids=["batch", "layout", "both"],
 )
 def test_what_is_given_is_kept(kept, tried, monkeypatch):
-    network = Priced(a_batch_costs(0.1, 1e-5, 2e-5))
+    network = Priced(a_batch_costs(0.1, 1e-5, 2e-5))  # a probe of 8 says 80 a second
     network.tuned(monkeypatch, **kept)
     assert set(network.tried) == tried
 
@@ -130,7 +147,7 @@ def test_one_lane_or_as_many_as_there_are_threads_or_some(threads, tried, best, 
     """How fast each is, is pretended: real lanes share the clock."""
     asked = []
 
-    def speed_of(make, choice, shape):
+    def speed_of(make, choice, shape, stop):
         asked.append(choice)
         return 2000.0 if choice.lanes == tried[best] else 1000.0
 
@@ -143,7 +160,7 @@ def test_one_lane_or_as_many_as_there_are_threads_or_some(threads, tried, best, 
 @pytest.mark.parametrize(("gain", "kept"), [(1.04, False), (1.06, True), (None, False)], ids=["barely", "clearly", "no-memory"])
 def test_compiling_must_pay(gain, kept, monkeypatch):
     plain = Choice(64, True, lanes=2, speed=1000.0)
-    monkeypatch.setattr(tune, "speed_of", lambda make, choice, shape: gain and gain * 1000.0)
+    monkeypatch.setattr(tune, "speed_of", lambda make, choice, shape, stop: gain and gain * 1000.0)
     chosen = tune.try_compiled(lambda choice: None, plain, SHAPE)
     assert chosen == (Choice(64, True, lanes=2, compiled=True, speed=1060.0) if kept else plain)
 
@@ -280,7 +297,7 @@ def compiled(out: Path) -> bool:
     return json.loads(protocol_path(out).read_text())["info"]["compile"]
 
 
-def faster(make, choice, shape) -> float:
+def faster(make, choice, shape, stop) -> float:
     make(choice)
     return 2e6 if choice.compiled else 1e6
 
@@ -343,7 +360,7 @@ def test_runs_that_do_not_try_torch_compile(changes, why, model, tmp_path, hours
     assert not compiled(tmp_path / "r.tsv"), why
 
 
-def no_compiler(make, choice, shape) -> float:
+def no_compiler(make, choice, shape, stop) -> float:
     if choice.compiled:
         raise OSError("no C++ compiler\nand much more")
     return 1e6

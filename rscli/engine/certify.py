@@ -28,7 +28,7 @@ from rscli.engine.radii import certified_radius, decided_radii, grid_radii
 from rscli.engine.ranks import Ranks, join
 from rscli.engine.rows import Row
 from rscli.engine.sample import Sampler
-from rscli.engine.sampling import SamplingOptions
+from rscli.engine.sampling import SamplingOptions, Work
 from rscli.engine.score import Score, Tally
 from rscli.engine.signals import StopRequest, stop_requests
 from rscli.engine.tune import Choice
@@ -105,7 +105,7 @@ def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest) -> 
     wanted = _wanted(options, len(split))
     sampler, protocol = _prepare(model, certifier, split, options, ranks, progress, stop, wanted)
     with _begin(options, protocol, ranks, stop) as writer:
-        for text in writer.notes:
+        for text in writer.notes if ranks.rank == 0 else ():
             progress.warn(text)
         run = _Run(_Images(model, certifier, split, options), sampler, writer, ranks, progress, stop)
         return run.over(wanted, merge=options.shard is None)
@@ -226,11 +226,10 @@ def _prepare(
     if ranks.rank > 0:
         ranks.meet("protocol", stop)
     before = read_protocol(options.out) if options.resume or ranks.rank > 0 or options.shard else None
-    long = len(wanted) * certifier.n >= LONG_RUN
-    samples = len(wanted) * certifier.n // ranks.world
-    samples = 0 if certifier.grid else samples  # nobody knows how soon a sequential test will stop
     info = (before or {}).get("info") or {}
-    sampler, choice = options.sampling.sampler(model, info, progress, samples=samples, long=long)
+    samples = len(wanted) * certifier.n
+    work = Work(samples // ranks.world, early=certifier.grid, long=samples >= LONG_RUN)
+    sampler, choice = options.sampling.sampler(model, work, info, progress, lambda: stop.requested)
     if choice.speed is not None:
         progress.note(f"trial: {choice}: {choice.speed:,.0f} samples/s")
     if choice.speed is not None and not info:  # of a run that goes on, most may be done

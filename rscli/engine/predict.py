@@ -18,7 +18,7 @@ from rscli.engine.inquiry import CertifierInquiry, Inquiry
 from rscli.engine.modelfile import Model
 from rscli.engine.progress import Progress
 from rscli.engine.radii import certified_radius
-from rscli.engine.sampling import SamplingOptions
+from rscli.engine.sampling import SamplingOptions, Work
 from rscli.engine.seeds import derive
 from rscli.engine.signals import stop_requests
 from rscli.engine.transforms import load_image
@@ -117,7 +117,8 @@ def predict(
 
     With `MajorityVote` the answer has no radius; any other certifier gives one. Raises `Stopped` when asked to stop.
     """
-    sampler, _ = sampling.sampler(model, {}, progress, samples=0, long=False)
+    work = Work(len(paths) * (certifier.n0 + certifier.n))
+    sampler, _ = sampling.sampler(model, work, {}, progress, lambda: False)
     classes = len(model.card.spec.class_names)
     broken: list[Prediction] = []
     opened: dict[int, Path] = {}

@@ -16,7 +16,7 @@ from rscli.engine.lanes import lanes_of
 from rscli.engine.modelfile import Model
 from rscli.engine.progress import Progress
 from rscli.engine.sample import Sampler
-from rscli.engine.tune import Choice, Make, speed_of, try_compiled, tune
+from rscli.engine.tune import Choice, Make, Stop, speed_of, try_compiled, tune
 from rscli.errors import RscliError
 
 BATCH = 256
@@ -24,6 +24,18 @@ BATCH = 256
 
 COMPILE_SECONDS = 600.0
 """Runs that would take longer than this also try torch.compile, which itself takes up to a minute."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be sampled: so many samples by this process, at most.
+
+    `early`: a sequential test may need far fewer. `long`: worth a trial.
+    """
+
+    samples: int
+    early: bool = False
+    long: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,13 +56,12 @@ class SamplingOptions:
     compile: bool | None = None
 
     def sampler(
-        self, model: Model, before: Mapping[str, Any], progress: Progress, *, samples: int, long: bool
+        self, model: Model, work: Work, before: Mapping[str, Any], progress: Progress, stop: Stop
     ) -> tuple[Sampler, Choice]:
         """A sampler of `model`, moved to the device, and how it was chosen.
 
-        `before` is the `info` of a run that is continued; `samples` are this process's share, at most; only a `long` run is
-        worth a trial. Raises `InputError` for a device or precision that is not to be had, `RscliError` if torch.compile was
-        asked for and cannot compile.
+        `before` is the `info` of a run that is continued; `stop` is asked during a trial, which it ends. Raises `InputError`
+        for a device or precision that is not to be had, `RscliError` if torch.compile was asked for and cannot compile.
         """
         device = pick_device(self.device)
         precision_scope(self.precision, device)
@@ -59,16 +70,25 @@ class SamplingOptions:
         batch = self.batch or before.get("batch")
         channels_last = self.channels_last if self.channels_last is not None else before.get("channels_last")
         compiled = self.compile if self.compile is not None else before.get("compile")
-        lanes = min(lanes_of(device), before.get("lanes") or lanes_of(device))
-        if self.autotune or (self.autotune is None and long and batch is None):
-            choice = tune(make, device, shape, batch=batch, channels_last=channels_last, lanes=lanes)
+        lanes = lanes_of(device)
+        if before.get("lanes", 0) < before.get("threads", 0):
+            lanes = min(lanes, before["lanes"])  # a trial found that fewer are faster
+        if self.autotune or (self.autotune is None and work.long and batch is None):
+            choice = tune(make, device, shape, batch=batch, channels_last=channels_last, lanes=lanes, stop=stop)
         else:
-            choice = Choice(batch or BATCH, True if channels_last is None else channels_last, lanes)
-        if compiled is None and self.precision != "bf16" and choice.speed and samples > COMPILE_SECONDS * choice.speed:
-            choice = _compiled_if_faster(make, choice, shape, progress)
-        elif compiled:
-            choice = _compiled(make, choice, shape)
+            batch = batch or BATCH
+            lanes = max(1, min(lanes, work.samples // batch))  # each with a batch of its own
+            choice = Choice(batch, True if channels_last is None else channels_last, lanes)
+        if compiled:
+            choice = _compiled(make, choice, shape, stop)
+        elif compiled is None and self._may_compile(work, choice):
+            choice = _compiled_if_faster(make, choice, shape, progress, stop)
         return make(choice), choice
+
+    def _may_compile(self, work: Work, choice: Choice) -> bool:
+        """Whether a run is worth a trial of torch.compile, which in bf16 would change more than last bits."""
+        long = choice.speed is not None and work.samples > COMPILE_SECONDS * choice.speed
+        return long and not work.early and self.precision != "bf16"
 
     def _maker(self, model: Model, device: torch.device) -> Make:
         """What makes the sampler of a choice. All samplers share the network; it is moved to the layout of the latest."""
@@ -120,20 +140,20 @@ class OnceCompiled:
         return logits
 
 
-def _compiled_if_faster(make: Make, choice: Choice, shape: tuple[int, int, int], progress: Progress) -> Choice:
+def _compiled_if_faster(make: Make, choice: Choice, shape: tuple[int, int, int], progress: Progress, stop: Stop) -> Choice:
     """Tries torch.compile; where it does not work (no compiler, an operation that it does not know), the run does without."""
     try:
-        return try_compiled(make, choice, shape)
+        return try_compiled(make, choice, shape, stop)
     except Exception as cause:  # it fails in many ways, none of which matters here
         progress.note(f"trial: torch.compile does not work here and is left out ({_first_line(cause)})")
         return choice
 
 
-def _compiled(make: Make, choice: Choice, shape: tuple[int, int, int]) -> Choice:
+def _compiled(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop) -> Choice:
     """`choice`, compiled, with its speed. Raises `RscliError` where that does not work."""
     choice = replace(choice, compiled=True)
     try:
-        return replace(choice, speed=speed_of(make, choice, shape))
+        return replace(choice, speed=speed_of(make, choice, shape, stop))
     except RscliError:
         raise
     except Exception as cause:

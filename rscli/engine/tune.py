@@ -16,12 +16,19 @@ from torch import Tensor
 from rscli.engine.inquiry import Counts
 from rscli.engine.sample import Sampler
 
-BATCHES = {"cpu": (64, 128, 256, 512), "cuda": (256, 512, 1024, 2048, 4096, 8192), "mps": (128, 256, 512, 1024)}
+BATCHES = {
+    "cpu": (8, 16, 32, 64, 128, 256, 512),
+    "cuda": (256, 512, 1024, 2048, 4096, 8192),
+    "mps": (32, 64, 128, 256, 512, 1024),
+}
+SPAN = 8
+"""The smallest batch size that is tried, but for the first probe, is the largest over this."""
+
 TRIAL_SECONDS = 0.15
 """The least time for one candidate, after its first batches."""
 
 SLOW_SECONDS = 1.0
-"""A batch that takes longer is not tried at twice the size: what there is to gain was gained long before."""
+"""Sizes at which a batch in every lane takes longer are not tried: what a larger batch gains was gained long before."""
 
 CLEARLY = 1.05
 """By what factor torch.compile must be faster: it costs its own time, and another network in the last bits."""
@@ -50,47 +57,62 @@ Make = Callable[[Choice], Sampler]
 """Makes the sampler of a choice."""
 
 
+Stop = Callable[[], bool]
+"""Whether to stop: asked before every batch."""
+
+
 def tune(
-    make: Make, device: torch.device, shape: tuple[int, int, int], *, batch: int | None, channels_last: bool | None, lanes: int
+    make: Make,
+    device: torch.device,
+    shape: tuple[int, int, int],
+    *,
+    batch: int | None,
+    channels_last: bool | None,
+    lanes: int,
+    stop: Stop = lambda: False,
 ) -> Choice:
     """The fastest choice for images `shape` (channel, height, width); what is given is kept, `lanes` is the most.
 
-    Both layouts are tried at one batch size, then the other batch sizes in the better layout, until one does not fit or is
-    slow; then fewer lanes, each with more of torch's threads.
+    A probe of the smallest batch size tells which others are worth trying. Both layouts are tried at the smallest of these,
+    then the others in the better layout, until one does not fit; then fewer lanes, each with more of torch's threads.
     """
-    sizes = (batch,) if batch else BATCHES.get(device.type, BATCHES["cpu"])
     layouts = (True, False) if channels_last is None else (channels_last,)
+    sizes = (batch,) if batch else BATCHES.get(device.type, BATCHES["cpu"])
 
     def measured(choice: Choice) -> Choice:
-        return replace(choice, speed=speed_of(make, choice, shape))
+        return replace(choice, speed=speed_of(make, choice, shape, stop))
 
-    best = max((measured(Choice(sizes[0], layout, lanes)) for layout in layouts), key=_rank)
-    for size in sizes[1:]:
-        if best.speed is None or size * best.lanes / 2 > SLOW_SECONDS * best.speed:
-            break
+    best = measured(Choice(sizes[0], layouts[0], lanes))
+    sizes = tuple(size for size in sizes if size * lanes <= SLOW_SECONDS * _rank(best)) or sizes[:1]
+    first, *others = [size for size in sizes if size * SPAN >= sizes[-1]]
+    both = [Choice(first, layout, lanes) for layout in layouts]
+    best = max([best, *(measured(choice) for choice in both if choice != replace(best, speed=None))], key=_rank)
+    for size in others:
         found = measured(Choice(size, best.channels_last, lanes))
         if found.speed is None:
             break  # out of memory: larger ones are, too
         best = max(best, found, key=_rank)
     fewer = {lanes // 4, 1} - {0, lanes}
-    return max((best, *(measured(replace(best, lanes=count)) for count in sorted(fewer))), key=_rank)
+    return max([best, *(measured(replace(best, lanes=count)) for count in sorted(fewer))], key=_rank)
 
 
 def _rank(choice: Choice) -> float:
     return choice.speed or 0.0
 
 
-def try_compiled(make: Make, choice: Choice, shape: tuple[int, int, int]) -> Choice:
+def try_compiled(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop = lambda: False) -> Choice:
     """`choice`, or the same compiled if that is clearly faster. Raises whatever torch.compile raises."""
-    speed = speed_of(make, replace(choice, compiled=True), shape)
+    speed = speed_of(make, replace(choice, compiled=True), shape, stop)
     faster = speed is not None and speed > CLEARLY * _rank(choice)
     return replace(choice, compiled=True, speed=speed) if faster else choice
 
 
-def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int]) -> float | None:
-    """Samples a second of the whole engine; None if the batch does not fit into memory."""
+def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop = lambda: False) -> float | None:
+    """Samples a second of the whole engine; None if the batch does not fit into memory, or if it was stopped."""
+    if stop():
+        return None
     sampler = make(choice)
-    trial = _Trial(sampler, shape)
+    trial = _Trial(sampler, shape, stop)
     try:
         for _ in sampler.run((_Endless(trial, key) for key in range(choice.lanes + 2)), trial.over):
             pass
@@ -103,23 +125,28 @@ def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int]) -> float |
 
 
 class _Trial:
-    """Counts the samples of endless inquiries, from when every lane has done a batch."""
+    """Counts the samples of endless inquiries, from when every lane has done a batch or two."""
 
-    def __init__(self, sampler: Sampler, shape: tuple[int, int, int]) -> None:
-        self.sampler, self.shape = sampler, shape
+    def __init__(self, sampler: Sampler, shape: tuple[int, int, int], stop: Stop) -> None:
+        self.sampler, self.shape, self.stop = sampler, shape, stop
         self.samples = 0
         self.speed: float | None = None
+        self._begun = time.perf_counter()
         self._start: tuple[int, float] | None = None
 
     def over(self) -> bool:
         """Asked before every batch: whether enough was seen."""
-        now, round_ = time.perf_counter(), self.sampler.batch * self.sampler.lanes
+        now, batches = time.perf_counter(), self.sampler.lanes
+        if now - self._begun < SLOW_SECONDS:
+            batches *= 2
+        if self.stop():
+            return True
         if self._start is None:
-            if self.samples >= 2 * round_:
+            if self.samples >= batches * self.sampler.batch:
                 self._start = self.samples, now
             return False
         samples, seconds = self.samples - self._start[0], now - self._start[1]
-        if samples < 2 * round_ or seconds < TRIAL_SECONDS:
+        if samples < batches * self.sampler.batch or seconds < TRIAL_SECONDS:
             return False
         self.speed = samples / seconds
         return True
