@@ -31,6 +31,10 @@ SPARE = 4
 not wanted yet."""
 
 
+PORTION, MOST = 256, 4
+"""A lane gets that many samples at a time, if it has to be in at most so many batches: each handing out costs it a moment."""
+
+
 @dataclass(eq=False)
 class _Active:
     """An image that is being sampled: its slot in the table of counts, and how far its samples have been handed out."""
@@ -80,8 +84,9 @@ class Sampler:
         self.precision, self.lanes = precision, lanes
         self.layout = memory_layout(channels_last)
         self.samples = 0
-        self._blocks = NoiseBlocks(noise, seed, device, most=SPARE * (lanes + 1) * max(1, batch // BLOCK))
-        slots = (lanes + 1) * batch + 2  # a batch holds at most `batch` images, and those of one a lane wait for their look
+        self._batches = max(1, min(MOST, PORTION // batch)) if lanes > 1 else 1
+        self._blocks = NoiseBlocks(noise, seed, device, most=SPARE * (lanes + 1) * max(1, self.portion // BLOCK))
+        slots = (lanes + 1) * self.portion + 2  # of so many images at most; those of one portion a lane wait for their look
         self._counts = torch.zeros(slots, classes, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self._sum = torch.zeros((), device=device)
@@ -91,11 +96,16 @@ class Sampler:
         self._active: list[_Active] = []
         self._own = threading.local()  # each lane's batch of images
 
+    @property
+    def portion(self) -> int:
+        """How many samples are handed out at a time: those of one batch, or of several small ones."""
+        return self.batch * self._batches
+
     def run(self, inquiries: Iterable[Inquiry | None], stop: Callable[[], bool] = lambda: False) -> Iterator[Inquiry]:
         """Yields each inquiry when it wants no more, in the order in which they end; a few batches' worth is open at a time.
 
-        None among `inquiries` says: no further one now, ask again for the next batch. It may come only while some are open.
-        `stop` is asked before every batch; once it says True, nothing more is drawn or yielded. Of a run that was stopped or
+        None among `inquiries` says: no further one now, ask again for the next portion. It may come only while some are open.
+        `stop` is asked before every portion; once it says True, nothing more is drawn or yielded. Of a run that was stopped or
         failed, the next one knows nothing.
         Raises `RscliError` if the model's logits are not finite, `PluginError` if they have the wrong shape.
         """
@@ -116,11 +126,11 @@ class Sampler:
                     yield from under_way.popleft()()
 
     def _fill(self, waiting: Iterator[Inquiry | None], *, wait: bool) -> list[_Segment]:
-        """Segments (image, first sample, samples) for the next batch; opens new images when the open ones want too little.
+        """Segments (image, first sample, samples) for the next portion; opens new images when the open ones want too little.
 
-        With `wait`, a batch that could not be filled is put off: a look that is due may want more samples.
+        With `wait`, a portion that could not be filled is put off: a look that is due may want more samples.
         """
-        room = self.batch
+        room = self.portion
         segments: list[_Segment] = []
         position = 0
         while room:

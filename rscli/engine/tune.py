@@ -58,7 +58,7 @@ Make = Callable[[Choice], Sampler]
 
 
 Stop = Callable[[], bool]
-"""Whether to stop: asked before every batch."""
+"""Whether to stop: asked before every portion."""
 
 
 def tune(
@@ -125,7 +125,7 @@ def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop
 
 
 class _Trial:
-    """Counts the samples of endless inquiries, from when every lane has done a batch or two."""
+    """Counts the samples of endless inquiries, from when every lane has done a portion or two."""
 
     def __init__(self, sampler: Sampler, shape: tuple[int, int, int], stop: Stop) -> None:
         self.sampler, self.shape, self.stop = sampler, shape, stop
@@ -135,18 +135,18 @@ class _Trial:
         self._start: tuple[int, float] | None = None
 
     def over(self) -> bool:
-        """Asked before every batch: whether enough was seen."""
-        now, batches = time.perf_counter(), self.sampler.lanes
+        """Asked before every portion: whether enough was seen."""
+        now, enough = time.perf_counter(), self.sampler.lanes * self.sampler.portion
         if now - self._begun < SLOW_SECONDS:
-            batches *= 2
+            enough *= 2
         if self.stop():
             return True
         if self._start is None:
-            if self.samples >= batches * self.sampler.batch:
+            if self.samples >= enough:
                 self._start = self.samples, now
             return False
         samples, seconds = self.samples - self._start[0], now - self._start[1]
-        if samples < batches * self.sampler.batch or seconds < TRIAL_SECONDS:
+        if samples < enough or seconds < TRIAL_SECONDS:
             return False
         self.speed = samples / seconds
         return True
@@ -154,7 +154,7 @@ class _Trial:
 
 @dataclass
 class _Endless:
-    """An image that wants batch after batch: the host reads its counts after each, so that no time is measured ahead."""
+    """An image that wants portion after portion: the host reads its counts after each, so that no time is measured ahead."""
 
     trial: _Trial
     key: int
@@ -162,12 +162,12 @@ class _Endless:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        self.wanted = self.trial.sampler.batch
+        self.wanted = self.trial.sampler.portion
 
     def image(self) -> Tensor:
         return torch.zeros(self.trial.shape)
 
     def receive(self, counts: Counts) -> bool:
-        self.trial.samples += self.trial.sampler.batch
-        self.wanted += self.trial.sampler.batch
+        self.trial.samples += self.trial.sampler.portion
+        self.wanted += self.trial.sampler.portion
         return False
