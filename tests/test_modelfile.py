@@ -15,7 +15,7 @@ from rscli.engine import modelfile
 from rscli.engine.modelfile import ModelCard, load_model, save_model
 from rscli.engine.network import Classifier
 from rscli.engine.train import initial_classifier, model_card
-from rscli.errors import InputError, PluginError, RscliError
+from rscli.errors import PluginError, RscliError
 
 SETS = ["data.name=digits", "arch.name=cifar-resnet", "arch.depth=8", "noise.sigma=0.25", "loss.name=gaussian"]
 
