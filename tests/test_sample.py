@@ -219,19 +219,20 @@ def test_many_lanes_draw_no_block_twice():
 class Small:
     """A device that runs out of memory above so many samples."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.shapes = most, []
+    def __init__(self, most: int, error: type[RuntimeError] = torch.OutOfMemoryError) -> None:
+        self.most, self.error, self.shapes = most, error, []
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if len(images) > self.most:
-            raise torch.OutOfMemoryError("pretended")
+            raise self.error("DefaultCPUAllocator: can't allocate memory")
         self.shapes.append(len(images))
         return model(images)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_out_of_memory_halves_the_batch_and_loses_nothing(lanes):
-    small = Small(20)
+def test_out_of_memory_halves_the_batch_and_loses_nothing(lanes, error):
+    small = Small(20, error)
     sampling = sampler(100, classifier=small, lanes=lanes)
     wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
     done = {inquiry.key: (inquiry.n, inquiry.counts.tolist(), inquiry.plan.candidate) for inquiry in sampling.run(wanted)}
@@ -251,7 +252,7 @@ def test_batches_handed_out_before_another_lane_ran_out_of_memory_are_cut_too(la
 
 
 def test_out_of_memory_with_a_single_sample_is_an_error():
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RscliError, match="the device cpu does not have enough memory for a single image"):
         list(sampler(4, classifier=Small(0)).run([CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
 
 

@@ -449,3 +449,21 @@ def test_trying_a_step_leaves_no_trace(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in made.classifier.state_dict().items())
     assert all(parameter.grad is None for parameter in made.classifier.parameters())
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_out_of_memory_is_said_and_the_checkpoint_stays(tmp_path, monkeypatch):
+    step = Trainer._step
+
+    def large(trainer: Trainer, *arguments) -> None:
+        if trainer.epoch == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", large)
+    with pytest.raises(
+        RscliError, match="the device cpu does not have enough memory for a step of 128 images with 2 noisy"
+    ) as error:
+        train(settings(), options(tmp_path / "run"), Silent())
+    assert "--set batch" in (error.value.hint or "")
+    monkeypatch.setattr(Trainer, "_step", step)
+    assert train(settings(), options(tmp_path / "run", resume=True), Silent()).exists()

@@ -13,18 +13,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.special import beta
 from torch import nn
 from typer.testing import CliRunner
 
-from rscli.api import Question
+from rscli.api import Certifier, Decision, Plan, Question
 from rscli.cli.app import app
 from rscli.config.layers import resolve
 from rscli.engine import certify as certifying
+from rscli.engine import preview as previewing
 from rscli.engine import sampling, tune
 from rscli.engine.blocks import BLOCK
 from rscli.engine.certify import CertifyOptions, SamplingOptions, certify
 from rscli.engine.inquiry import CertifierInquiry
-from rscli.engine.preview import cost
 from rscli.engine.progress import Silent
 from rscli.engine.protocol import protocol_path
 from rscli.engine.ranks import Alone, Together
@@ -253,6 +254,57 @@ def test_the_preview_says_what_the_run_and_the_sequential_certifier_would_take(m
     assert tally.samples == 1320  # the pilot is not counted
 
 
+def test_hours_are_shown_as_hours():
+    assert previewing._duration(50_050) == "about 13:54:10"
+
+
+def test_the_preview_of_a_sequential_run_says_what_it_probably_takes(model, tmp_path, trials):
+    """What it says is near to what the run then takes; with labels, there are no selection samples."""
+    for labels, most in ((False, 5_100), (True, 5_000)):
+        heard, certifier = Listening(), {"name": "sequential", "n": 5_000}
+        out = tmp_path / f"{labels}.tsv"
+        tally = certify(options(model, out, certifier=certifier, radii=(0.0, 0.25), labels=labels, skip=15), heard)
+        _, price, probably = heard.notes
+        assert price == f"6 images, at most {6 * most:,} samples: about 0:00:00 at that speed"
+        said = float(
+            probably.split("probably ")[1]
+            .split(" samples an image: about 0:00:00 (estimated from 6 images)")[0]
+            .replace(",", "")
+        )
+        assert tally.samples / 6 == pytest.approx(said, rel=0.5)
+
+
+class Once(Certifier):
+    """Decides at 10 samples if all of them are of the first class, at 30 if not."""
+
+    def plan(self, counts: np.ndarray, question: Question) -> Plan:
+        return Plan(0, (10, 30))
+
+    def decide(self, counts: np.ndarray, n: int, plan: Plan) -> Decision | None:
+        return Decision(0, 0.9, 0.1, "done") if n == 30 or counts[0] == 10 else None
+
+
+def test_the_expected_samples_are_those_of_the_class_probabilities(monkeypatch):
+    """Selection, 10 samples, and 20 more unless all 10 hit: the probability of that, integrated over the posterior."""
+    monkeypatch.setattr(previewing, "PATHS", 20_000)
+    hits, others = 180, 20
+    found = previewing._expected(Once(n0=7), lambda index: Question(3), {0: np.array([hits, 5, 15])})
+    every_hit = beta(hits + 10.5, others + 0.5) / beta(hits + 0.5, others + 0.5)
+    assert found == pytest.approx(7 + 10 + 20 * (1 - every_hit), abs=0.3)
+
+
+def test_the_alternative_has_the_samples_that_were_asked_for_and_its_own_defaults_otherwise(
+    model, tmp_path, trials, monkeypatch
+):
+    built = []
+    monkeypatch.setattr(previewing, "_expected", lambda certifier, *rest: built.append(certifier) or 100.0)
+    certify(options(model, tmp_path / "r.tsv", certifier={"name": "two-stage", "n": 2_000}), Silent())
+    certify(options(model, tmp_path / "s.tsv"), Silent())
+    assert [(certifier.n0, certifier.n, certifier.alpha) for certifier in built] == [
+        (1000, 2_000, 0.001), (100, 2_000, 0.001), (20, 200, 0.01), (20, 200, 0.01),
+    ]  # fmt: skip
+
+
 def test_the_pilot_of_the_preview_changes_no_row(model, tmp_path, trials, monkeypatch):
     certify(options(model, tmp_path / "a.tsv"), Silent())
     certify(options(model, tmp_path / "b.tsv", sampling=SamplingOptions("cpu", 96, channels_last=False)), Silent())
@@ -422,11 +474,6 @@ def test_compiled_rows_are_those_of_the_network_but_for_ties(model, tmp_path):
     plain, other = without_time(tmp_path / "plain.tsv"), without_time(tmp_path / "c.tsv")
     count = plain[0].index("count")
     assert sum(abs(int(a[count]) - int(b[count])) for a, b in zip(plain[1:], other[1:], strict=True)) <= 2
-
-
-def test_hours_are_shown_as_hours():
-    certifier = installed().build("certifiers", {"name": "cohen", "n": 100_000, "n0": 100})
-    assert "about 13:54:10 " in cost(certifier, 10_000, 20_000)  # 1.001e9 samples in 50,050 s
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------------

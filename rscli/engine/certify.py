@@ -8,25 +8,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from rscli import __version__
-from rscli.api import Certifier, Dataset, Question, fields_of
+from rscli.api import Certifier, Dataset, fields_of
 from rscli.config.layers import build_section
 from rscli.config.problems import Problems
 from rscli.config.settings import flatten
 from rscli.engine.blocks import BLOCK
 from rscli.engine.data import Split, open_split
 from rscli.engine.devices import environment
+from rscli.engine.images import Images
 from rscli.engine.inquiry import CertifierInquiry, Inquiry
 from rscli.engine.modelfile import Model, load_model
 from rscli.engine.parts import part_path, parts_of, union
-from rscli.engine.preview import alternative, cost
+from rscli.engine.preview import preview
 from rscli.engine.progress import Progress
 from rscli.engine.protocol import read_protocol
-from rscli.engine.radii import certified_radius, decided_radii, grid_radii
+from rscli.engine.radii import decided_radii
 from rscli.engine.ranks import Ranks, join
-from rscli.engine.rows import Row
 from rscli.engine.sample import Sampler
 from rscli.engine.sampling import SamplingOptions, Work
 from rscli.engine.score import Score, Tally
@@ -103,53 +101,20 @@ def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest) -> 
     options = replace(options, radii=decided_radii(certifier, model.noise, options.radii))
     split = _open(model, options)
     wanted = _wanted(options, len(split))
-    sampler, protocol = _prepare(model, certifier, split, options, ranks, progress, stop, wanted)
+    images = Images(model, certifier, split, options.radii, labels=options.labels)
+    sampler, protocol = _prepare(model, images, options, ranks, progress, stop, wanted)
     with _begin(options, protocol, ranks, stop) as writer:
         for text in writer.notes if ranks.rank == 0 else ():
             progress.warn(text)
-        run = _Run(_Images(model, certifier, split, options), sampler, writer, ranks, progress, stop)
+        run = _Run(images, sampler, writer, ranks, progress, stop)
         return run.over(wanted, merge=options.shard is None)
-
-
-class _Images:
-    """Makes the inquiry for an image, and the row from its answer."""
-
-    def __init__(self, model: Model, certifier: Certifier, split: Split, options: CertifyOptions) -> None:
-        self.noise, self.certifier, self.split, self.labels = model.noise, certifier, split, options.labels
-        self.classes = len(model.card.spec.class_names)
-        self.radii = {model.noise.probability(radius): radius for radius in options.radii}
-
-    def inquire(self, index: int) -> Inquiry:
-        """The inquiry about the image at `index`."""
-        label = int(self.split.labels[index]) if self.labels else None
-        question = Question(self.classes, tuple(self.radii), label)
-        return CertifierInquiry(self.certifier, question, index, lambda: self.split.image(index))
-
-    def row(self, inquiry: CertifierInquiry, seconds: float) -> Row:
-        """The row of a finished inquiry."""
-        assert inquiry.decision is not None and inquiry.plan is not None and inquiry.counts is not None  # noqa: PT018
-        decision, candidate, label = inquiry.decision, inquiry.plan.candidate, int(self.split.labels[inquiry.key])
-        return Row(
-            idx=inquiry.key,
-            label=label,
-            predict=decision.predict,
-            radius=certified_radius(decision, self.noise, self.radii),
-            correct=decision.predict == label,
-            seconds=seconds,
-            n0=inquiry.n0,
-            n=inquiry.n,
-            count=int(inquiry.counts[candidate]),
-            runner_up=int(np.delete(inquiry.counts, candidate).max(initial=0)),
-            reason=decision.reason,
-            saturated=decision.saturated,
-        )
 
 
 class _Run:
     """One process's part of a certification."""
 
     def __init__(
-        self, images: _Images, sampler: Sampler, writer: ResultWriter, ranks: Ranks, progress: Progress, stop: StopRequest
+        self, images: Images, sampler: Sampler, writer: ResultWriter, ranks: Ranks, progress: Progress, stop: StopRequest
     ) -> None:
         self.images, self.sampler, self.writer, self.ranks, self.progress, self.stop = (
             images, sampler, writer, ranks, progress, stop
@@ -211,8 +176,7 @@ class _Run:
 
 def _prepare(
     model: Model,
-    certifier: Certifier,
-    split: Split,
+    images: Images,
     options: CertifyOptions,
     ranks: Ranks,
     progress: Progress,
@@ -225,6 +189,7 @@ def _prepare(
     """
     if ranks.rank > 0:
         ranks.meet("protocol", stop)
+    certifier = images.certifier
     before = read_protocol(options.out) if options.resume or ranks.rank > 0 or options.shard else None
     info = (before or {}).get("info") or {}
     samples = len(wanted) * certifier.n
@@ -233,14 +198,9 @@ def _prepare(
     if choice.speed is not None:
         progress.note(f"trial: {choice}: {choice.speed:,.0f} samples/s")
     if choice.speed is not None and not info:  # of a run that goes on, most may be done
-        speed = choice.speed * ranks.world
-        progress.note(cost(certifier, len(wanted), speed))
-        if not certifier.grid:
-            grid = grid_radii(certifier, model.noise)
-            text = alternative(certifier, model.noise, split, wanted, grid, sampler, speed)
-            if text is not None:
-                progress.note(text)
-    return sampler, _protocol(model, certifier, split, sampler, choice, options)
+        for line in preview(images, wanted, sampler, choice.speed * ranks.world):
+            progress.note(line)
+    return sampler, _protocol(model, certifier, images.split, sampler, choice, options)
 
 
 def _begin(options: CertifyOptions, protocol: dict[str, Any], ranks: Ranks, stop: StopRequest) -> ResultWriter:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from rscli.api import Certifier, Decision, Noise, Plan, Question
+from rscli.api import Certifier, Decision, Plan, Question
 from rscli.engine.data import Split
-from rscli.engine.inquiry import CertifierInquiry
+from rscli.engine.images import Images
+from rscli.engine.inquiry import CertifierInquiry, Counts
+from rscli.engine.radii import grid_radii
 from rscli.engine.sample import Sampler
 from rscli.engine.seeds import derive
-from rscli.stats.sequential import look_schedule, nested_test
+from rscli.registry import installed
 
 PILOT_IMAGES, PILOT_SAMPLES, PILOT_SECONDS = 16, 200, 2.0
 PATHS = 20
-"""Simulated runs of the sequential test for each pilot image."""
+"""Simulated conversations with a certifier about each pilot image."""
+
+FEWER = 0.9
+"""Below this part of the most that a certifier may take, what it probably takes is worth a line."""
 
 
 class _Pilot(Certifier):
@@ -26,72 +34,94 @@ class _Pilot(Certifier):
     def selection(self, question: Question) -> int:
         return 0
 
-    def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
+    def plan(self, counts: Counts, question: Question) -> Plan:
         return Plan(0, (PILOT_SAMPLES,))
 
-    def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision:
+    def decide(self, counts: Counts, n: int, plan: Plan) -> Decision:
         return Decision(0, 0.0, 1.0, "pilot")
 
 
-def cost(certifier: Certifier, images: int, speed: float) -> str:
-    """One line: images, samples at most, and the time that they take at `speed` samples a second."""
-    samples = images * (certifier.n0 + certifier.n)
-    return f"{images:,} images, at most {samples:,} samples: about {_clock(samples / speed)} at that speed"
+def preview(images: Images, wanted: Sequence[int], sampler: Sampler, speed: float) -> Iterator[str]:
+    """Lines: the most that certifying `wanted` takes at `speed` samples a second, what it probably takes, and the alternative.
 
-
-def alternative(
-    certifier: Certifier,
-    noise: Noise,
-    split: Split,
-    wanted: Sequence[int],
-    radii: Sequence[float],
-    sampler: Sampler,
-    speed: float,
-) -> str | None:
-    """One line: how many samples the sequential certifier would take for the grid `radii`; None if a pilot costs too much.
-
-    A pilot of a few samples on a few images estimates the class probabilities (on noise of its own, that no certificate uses),
-    and the test is simulated on them.
+    The last two are there if they are less. They come from a pilot of a few samples on a few images (on noise of its own, that
+    no certificate uses), and are left out where that would cost too much.
     """
-    if speed * PILOT_SECONDS < PILOT_IMAGES * PILOT_SAMPLES or not radii:
-        return None
-    thresholds = tuple(noise.probability(radius) for radius in radii)
-    counts = _pilot(split, wanted, sampler)
-    looks = look_schedule(certifier.n)
-    test = nested_test(thresholds, looks, certifier.alpha)
-    random = np.random.default_rng(0)
-    taken = []
-    for count in counts:
-        for _ in range(PATHS):
-            p = random.beta(count + 0.5, PILOT_SAMPLES - count + 0.5)
-            hits = np.cumsum(random.binomial(np.diff((0, *looks)), p)).tolist()
-            certified, hopeful = 0, len(thresholds)
-            for look, hit in enumerate(hits):
-                certified = max(certified, test.certified(look, hit))
-                hopeful = min(hopeful, test.hopeful(look, hit))
-                if certified >= hopeful:
-                    break
-            taken.append(looks[look])
-    mean = certifier.n0 + float(np.mean(taken))
-    return (
-        f"--certifier sequential would decide the radii {radii[0]:g} to {radii[-1]:g} with about {mean:,.0f} samples an image, "
-        f"{(certifier.n0 + certifier.n) / mean:.1f} times fewer (estimated from {len(counts)} images)"
-    )
+    certifier, question = images.certifier, images.question
+    most = certifier.selection(question(wanted[0])) + certifier.n
+    samples = len(wanted) * most
+    yield f"{len(wanted):,} images, at most {samples:,} samples: {_duration(samples / speed)} at that speed"
+    if speed * PILOT_SECONDS < PILOT_IMAGES * PILOT_SAMPLES:
+        return
+    pilot = _pilot(images.split, wanted, sampler)
+    source = f"(estimated from {len(pilot)} images)"
+    probably = _expected(certifier, question, pilot)
+    if probably < FEWER * most:
+        yield f"probably {probably:,.0f} samples an image: {_duration(len(wanted) * probably / speed)} {source}"
+    radii = grid_radii(certifier, images.noise)
+    if certifier.grid or not radii:
+        return
+    given = certifier.model_dump(include={"n0", "n", "alpha"}, exclude_unset=True)
+    sequential = cast(Certifier, installed().build("certifiers", {"name": "sequential", **given}))
+    thresholds = tuple(images.noise.probability(radius) for radius in radii)
+    instead = _expected(sequential, lambda index: replace(question(index), thresholds=thresholds), pilot)
+    if instead < probably:
+        yield (
+            f"--certifier sequential would decide the radii {radii[0]:g} to {radii[-1]:g} with about {instead:,.0f} samples "
+            f"an image, {probably / instead:.1f} times fewer {source}"
+        )
 
 
-def _pilot(split: Split, wanted: Sequence[int], sampler: Sampler) -> list[int]:
-    """The count of the most frequent class among `PILOT_SAMPLES`, for a few images spread over `wanted`."""
+def _pilot(split: Split, wanted: Sequence[int], sampler: Sampler) -> dict[int, Counts]:
+    """The counts of `PILOT_SAMPLES` samples each, for a few images spread over `wanted`, by index."""
     chosen = wanted[:: max(1, len(wanted) // PILOT_IMAGES)][:PILOT_IMAGES]
     question = Question(sampler.classes)
-    inquiries = [
-        CertifierInquiry(_Pilot(), question, derive(sampler.seed, "pilot", index), partial(split.image, index))
-        for index in chosen
-    ]
+    keys = {derive(sampler.seed, "pilot", index): index for index in chosen}
+    inquiries = [CertifierInquiry(_Pilot(), question, key, partial(split.image, index)) for key, index in keys.items()]
     for _ in sampler.run(inquiries):
         pass
     sampler.samples = 0
-    return [int(inquiry.counts.max()) for inquiry in inquiries if inquiry.counts is not None]
+    return {keys[inquiry.key]: inquiry.counts for inquiry in inquiries if inquiry.counts is not None}
 
 
-def _clock(seconds: float) -> str:
-    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
+def _expected(certifier: Certifier, question: Callable[[int], Question], pilot: dict[int, Counts]) -> float:
+    """The mean number of samples an image, selection included, simulated on what the pilot says of the class probabilities."""
+    random = np.random.default_rng(0)
+    taken = [
+        _conversation(CertifierInquiry(certifier, question(index), index, _no_image), _plausible(counts, random), random)
+        for index, counts in pilot.items()
+        for _ in range(PATHS)
+    ]
+    return float(np.mean(taken))
+
+
+def _no_image() -> Tensor:
+    raise AssertionError("a simulated conversation needs no image")
+
+
+def _plausible(counts: Counts, random: np.random.Generator) -> NDArray[np.float64]:
+    """Class probabilities that may have given `counts`: the top class from its Jeffreys posterior, the others in proportion."""
+    top, total = int(counts.argmax()), int(counts.sum())
+    hits = int(counts[top])
+    others = counts + 1 / len(counts)
+    others[top] = 0
+    p = random.beta(hits + 0.5, total - hits + 0.5)
+    probabilities = (1 - p) * others / others.sum()
+    probabilities[top] = p
+    return probabilities
+
+
+def _conversation(inquiry: CertifierInquiry, probabilities: NDArray[np.float64], random: np.random.Generator) -> int:
+    """The samples that `inquiry` takes until it is decided, with counts drawn from `probabilities`."""
+    drawn, counts = 0, np.zeros(len(probabilities), np.int64)
+    while inquiry.decision is None:
+        counts = counts + random.multinomial(inquiry.wanted - drawn, probabilities)
+        drawn = inquiry.wanted
+        inquiry.receive(counts)
+        if inquiry.fresh:
+            counts = np.zeros_like(counts)
+    return drawn
+
+
+def _duration(seconds: float) -> str:
+    return f"about {int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"

@@ -24,7 +24,10 @@ from rscli.engine.blocks import BLOCK, NoiseBlocks, Piece, cut
 from rscli.engine.devices import memory_layout, precision_scope
 from rscli.engine.inquiry import Inquiry
 from rscli.engine.lanes import lanes
+from rscli.engine.memory import enough_memory, out_of_memory
 from rscli.errors import InputError, PluginError, RscliError
+
+TOO_LARGE = "Free its memory, or take another device (--device)."
 
 SPARE = 4
 """For each batch under way, so many batches' worth of drawn noise are kept at most: the rest of blocks whose next samples were
@@ -107,7 +110,8 @@ class Sampler:
         None among `inquiries` says: no further one now, ask again for the next portion. It may come only while some are open.
         `stop` is asked before every portion; once it says True, nothing more is drawn or yielded. Of a run that was stopped or
         failed, the next one knows nothing.
-        Raises `RscliError` if the model's logits are not finite, `PluginError` if they have the wrong shape.
+        Raises `RscliError` if the model's logits are not finite or a single image does not fit into memory, `PluginError` if
+        the logits have the wrong shape.
         """
         self._active.clear()
         self._free = deque(range(len(self._counts)))
@@ -179,15 +183,16 @@ class Sampler:
         Another lane may have halved it since these samples were handed out: they are cut to what it is now.
         """
         rest, votes = pieces, []
-        with torch.inference_mode(), precision_scope(self.precision, self.device):
+        fits = enough_memory(self.device, "a single image", TOO_LARGE)
+        with fits, torch.inference_mode(), precision_scope(self.precision, self.device):
             while rest:
                 batch = self.batch
                 first, *others = cut(rest, batch)
                 try:
                     votes.append(self._forward(first, batch))
                     rest = [piece for part in others for piece in part]
-                except torch.OutOfMemoryError:
-                    if batch == 1:
+                except RuntimeError as error:
+                    if batch == 1 or not out_of_memory(error):
                         raise
                     self.batch = min(self.batch, (batch + 1) // 2)
                     self._own.images = None

@@ -6,6 +6,7 @@ stopped between two batches continues exactly where it was.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from rscli.config.schema import steps_per_epoch
 from rscli.engine.data import Split, open_split
 from rscli.engine.devices import environment, memory_layout, pick_device
 from rscli.engine.lonely import check_lonely_images
+from rscli.engine.memory import enough_memory
 from rscli.engine.meter import Meter
 from rscli.engine.modelfile import ModelCard, save_model
 from rscli.engine.network import Classifier, build_classifier, parameter_count
@@ -33,6 +35,10 @@ from rscli.engine.runfolder import RunFolder
 from rscli.engine.seeds import derive, generator
 from rscli.engine.signals import StopRequest, stop_requests
 from rscli.errors import InputError, PluginError, Stopped
+
+TOO_LARGE = (
+    "Free its memory and go on with --resume, or begin anew with smaller batches (--set batch=N) or on another --device."
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,9 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
         with fitting(folder.checkpoint):
             trainer.restore(state)
         progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
-    _run(trainer, folder, progress, stop)
+    size = math.ceil(resolved.config.batch / trainer.chunks)
+    with enough_memory(device, f"a step of {size} images with {resolved.loss.m} noisy copies each", TOO_LARGE):
+        _run(trainer, folder, progress, stop)
     save_model(folder.model, trainer.classifier, model_card(resolved, spec))
     return folder.model
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rscli.engine.inquiry import Counts
+from rscli.engine.memory import out_of_memory
 from rscli.engine.sample import Sampler
 
 BATCHES = {
@@ -116,7 +117,9 @@ def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop
     try:
         for _ in sampler.run((_Endless(trial, key) for key in range(choice.lanes + 2)), trial.over):
             pass
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return None
     finally:
         if sampler.device.type == "cuda":
