@@ -6,6 +6,7 @@ import json
 import math
 import random
 import struct
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -273,6 +274,16 @@ def test_resuming_a_finished_file_changes_nothing(tmp_path):
     with ResultWriter.resume(path, PROTOCOL) as writer:
         writer.finish()
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (before, when)
+
+
+def test_a_finished_result_leaves_nothing_that_kills_left_beside_it(tmp_path):
+    for name in ("r.tsv", "r.tsv.protocol.json", "r.tsv.old"):
+        tempfile.mkstemp(prefix=f".{name}.", suffix=".part", dir=tmp_path)  # as `replacing` names them
+    assert len(list(tmp_path.iterdir())) == 3
+    with ResultWriter.create(tmp_path / "r.tsv", PROTOCOL) as writer:
+        writer.append(ROWS[0])
+        writer.finish()
+    assert {path.name[:-14] for path in tmp_path.glob(".*")} == {".r.tsv.old"}
 
 
 def test_a_second_process_on_the_same_file_is_noticed(tmp_path):

@@ -26,6 +26,12 @@ def parts_of(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{glob_escape(path.name)}.part-*"))
 
 
+def torn_of(path: Path) -> list[Path]:
+    """What kills in the middle of a write left beside the result `path`, of itself and of its protocol."""
+    names = (path.name, f"{path.name}.protocol.json")
+    return [torn for name in names for torn in path.parent.glob(f".{glob_escape(name)}.????????.part")]
+
+
 def result_of(path: Path) -> Path:
     """The result that `path` is, or is a part of."""
     return path.with_name(_PART.sub("", path.name))

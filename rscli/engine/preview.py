@@ -20,8 +20,11 @@ from rscli.engine.sample import Sampler
 from rscli.engine.seeds import derive
 from rscli.registry import installed
 
-PILOT_IMAGES, PILOT_SAMPLES, PILOT_SECONDS = 16, 200, 2.0
-PATHS = 20
+PILOT_SECONDS, PILOT_SAMPLES = 2.0, 250
+LEAST_IMAGES, MOST_IMAGES = 16, 64
+"""A pilot has so many samples an image, and as many images as it can classify in its time; with fewer it is left out."""
+
+PATHS = 10
 """Simulated conversations with a certifier about each pilot image."""
 
 FEWER = 0.9
@@ -51,9 +54,10 @@ def preview(images: Images, wanted: Sequence[int], sampler: Sampler, speed: floa
     most = certifier.selection(question(wanted[0])) + certifier.n
     samples = len(wanted) * most
     yield f"{len(wanted):,} images, at most {samples:,} samples: {_duration(samples / speed)} at that speed"
-    if speed * PILOT_SECONDS < PILOT_IMAGES * PILOT_SAMPLES:
+    affordable = int(speed * PILOT_SECONDS / PILOT_SAMPLES)
+    if affordable < LEAST_IMAGES:
         return
-    pilot = _pilot(images.split, wanted, sampler)
+    pilot = _pilot(images.split, wanted, min(affordable, MOST_IMAGES), sampler)
     source = f"(estimated from {len(pilot)} images)"
     probably = _expected(certifier, question, pilot)
     if probably < FEWER * most:
@@ -72,9 +76,9 @@ def preview(images: Images, wanted: Sequence[int], sampler: Sampler, speed: floa
         )
 
 
-def _pilot(split: Split, wanted: Sequence[int], sampler: Sampler) -> dict[int, Counts]:
-    """The counts of `PILOT_SAMPLES` samples each, for a few images spread over `wanted`, by index."""
-    chosen = wanted[:: max(1, len(wanted) // PILOT_IMAGES)][:PILOT_IMAGES]
+def _pilot(split: Split, wanted: Sequence[int], most: int, sampler: Sampler) -> dict[int, Counts]:
+    """The counts of `PILOT_SAMPLES` samples each, for `most` images at most, spread over `wanted`, by index."""
+    chosen = wanted[:: max(1, len(wanted) // most)][:most]
     question = Question(sampler.classes)
     keys = {derive(sampler.seed, "pilot", index): index for index in chosen}
     inquiries = [CertifierInquiry(_Pilot(), question, key, partial(split.image, index)) for key, index in keys.items()]
@@ -85,7 +89,11 @@ def _pilot(split: Split, wanted: Sequence[int], sampler: Sampler) -> dict[int, C
 
 
 def _expected(certifier: Certifier, question: Callable[[int], Question], pilot: dict[int, Counts]) -> float:
-    """The mean number of samples an image, selection included, simulated on what the pilot says of the class probabilities."""
+    """The mean number of samples an image, selection included, simulated on what the pilot says of the class probabilities.
+
+    The pilot cannot tell 0.998 from 0.9999, so far-out radii look more doubtful than they are: this is rather too much, up to
+    about twice (MNIST, radii to 3 sigma).
+    """
     random = np.random.default_rng(0)
     taken = [
         _conversation(CertifierInquiry(certifier, question(index), index, _no_image), _plausible(counts, random), random)

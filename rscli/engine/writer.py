@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rscli.engine.files import opening, write_json, write_text, writing
-from rscli.engine.parts import missing_shards, part_path, parts_of, union, whole_rows
+from rscli.engine.parts import missing_shards, part_path, parts_of, torn_of, union, whole_rows
 from rscli.engine.protocol import agree, protocol_path, read_protocol
 from rscli.engine.rows import HEADER, Row, format_row, parse_row
 from rscli.errors import InputError, RscliError
@@ -124,8 +124,8 @@ class ResultWriter:
         text = HEADER + "".join(format_row(row) for row in self.rows)
         if not self.path.exists() or self.path.read_bytes() != text.encode():
             write_text(self.path, text)
-        for part in parts_of(self.path):
-            part.unlink()
+        for part in (*parts_of(self.path), *torn_of(self.path)):
+            part.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Closes the file, with every row on the disk; a part without rows is removed. May be called again."""
