@@ -101,6 +101,21 @@ def test_the_fastest_that_fits_is_chosen(price, most, wanted, monkeypatch):
     assert chosen.speed == pytest.approx(wanted.speed)
 
 
+def test_those_near_the_fastest_are_measured_again(monkeypatch):
+    """Batch 256 seems the fastest once, and is not; those much slower are not asked again."""
+    speeds = {64: [100.0, 100.0, 100.0], 128: [110.0, 112.0, 108.0], 256: [115.0, 104.0, 105.0], 512: [90.0]}
+    asked = []
+
+    def speed_of(make, choice: Choice, shape, stop) -> float:
+        asked.append(choice.batch)
+        return 1000 * speeds.get(choice.batch, [1.0]).pop(0)
+
+    monkeypatch.setattr(tune, "speed_of", speed_of)
+    chosen = tune.tune(lambda choice: None, CPU, SHAPE, batch=None, channels_last=True, lanes=1)
+    assert chosen == Choice(128, True, speed=110_000)
+    assert asked == [8, 64, 128, 256, 512, 128, 256, 128, 256]
+
+
 def test_nothing_that_fits_is_no_measurement(monkeypatch):
     assert Priced(lambda batch, layout: 1.0, most=1).tuned(monkeypatch).speed is None
 

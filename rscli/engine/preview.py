@@ -114,7 +114,7 @@ def _plausible(counts: Counts, random: np.random.Generator) -> NDArray[np.float6
     others = counts + 1 / len(counts)
     others[top] = 0
     p = random.beta(hits + 0.5, total - hits + 0.5)
-    probabilities = (1 - p) * others / others.sum()
+    probabilities: NDArray[np.float64] = (1 - p) * others / others.sum()
     probabilities[top] = p
     return probabilities
 

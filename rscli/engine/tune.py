@@ -31,6 +31,10 @@ TRIAL_SECONDS = 0.15
 SLOW_SECONDS = 1.0
 """Sizes at which a batch in every lane takes longer are not tried: what a larger batch gains was gained long before."""
 
+RIVALS, NEAR, TURNS = 3, 0.9, 2
+"""The fastest few, if they are so near to the fastest, are measured so many times more: a single measurement may be off by a
+tenth."""
+
 CLEARLY = 1.05
 """By what factor torch.compile must be faster: it costs its own time, and another network in the last bits."""
 
@@ -75,7 +79,8 @@ def tune(
     """The fastest choice for images `shape` (channel, height, width); what is given is kept, `lanes` is the most.
 
     A probe of the smallest batch size tells which others are worth trying. Both layouts are tried at the smallest of these,
-    then the others in the better layout, until one does not fit; then fewer lanes, each with more of torch's threads.
+    then the others in the better layout, until one does not fit; then fewer lanes, each with more of torch's threads. Those
+    that come out on top are measured again.
     """
     layouts = (True, False) if channels_last is None else (channels_last,)
     sizes = (batch,) if batch else BATCHES.get(device.type, BATCHES["cpu"])
@@ -87,14 +92,27 @@ def tune(
     sizes = tuple(size for size in sizes if size * lanes <= SLOW_SECONDS * _rank(best)) or sizes[:1]
     first, *others = [size for size in sizes if size * SPAN >= sizes[-1]]
     both = [Choice(first, layout, lanes) for layout in layouts]
-    best = max([best, *(measured(choice) for choice in both if choice != replace(best, speed=None))], key=_rank)
+    found = [best, *(measured(choice) for choice in both if choice != replace(best, speed=None))]
+    best = max(found, key=_rank)
     for size in others:
-        found = measured(Choice(size, best.channels_last, lanes))
-        if found.speed is None:
+        found.append(measured(Choice(size, best.channels_last, lanes)))
+        if found[-1].speed is None:
             break  # out of memory: larger ones are, too
-        best = max(best, found, key=_rank)
+    best = max(found, key=_rank)
     fewer = {lanes // 4, 1} - {0, lanes}
-    return max([best, *(measured(replace(best, lanes=count)) for count in sorted(fewer))], key=_rank)
+    return _settled([*found, *(measured(replace(best, lanes=count)) for count in sorted(fewer))], measured)
+
+
+def _settled(found: list[Choice], measured: Callable[[Choice], Choice]) -> Choice:
+    """The fastest of `found`, with those near to it measured again, in turns, if that is a matter of a moment."""
+    best = max(found, key=_rank)
+    if best.batch * best.lanes > TRIAL_SECONDS * _rank(best):
+        return best
+    rivals = sorted((choice for choice in found if _rank(choice) > NEAR * _rank(best)), key=_rank)[-RIVALS:]
+    if len(rivals) > 1:
+        turns = [rivals, *([measured(choice) for choice in rivals] for _ in range(TURNS))]
+        rivals = [replace(mine[0], speed=sum(map(_rank, mine)) / len(mine)) for mine in zip(*turns, strict=True)]
+    return max(rivals, key=_rank)
 
 
 def _rank(choice: Choice) -> float:
