@@ -237,6 +237,28 @@ def test_samples_are_balanced_though_images_differ_a_hundredfold_and_a_batch_hol
     assert max(samples) < 1.25 * mean
 
 
+def test_a_process_that_does_not_share_the_folder_says_so_at_once(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(certifying, "SHARED_SECONDS", 0.1)
+    store = Counters()
+    store.add("meet protocol", 1)  # the first has written it, elsewhere
+    monkeypatch.setattr(certifying, "join", lambda: Together(store, 1, 2))
+    with pytest.raises(InputError, match="which the first process has written, is not here"):
+        certify(options(model, tmp_path / "r.tsv"), Silent())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_process_leaves_last():
+    """It may keep the store that the others still ask."""
+    store, left = Counters(), []
+    first = threading.Thread(target=lambda: (Together(store, 0, 2).leave(), left.append(0)), daemon=True)
+    first.start()
+    first.join(0.2)
+    assert left == []
+    Together(store, 1, 2).leave()
+    first.join(10)
+    assert left == [0]
+
+
 def test_without_torchrun_there_is_one_rank(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert (join().rank, join().world) == (0, 1)
@@ -632,4 +654,21 @@ def test_torchrun_writes_the_file_of_one_process_though_a_rank_was_killed(model,
     assert process.returncode == 0, said
     assert said.count("batch was 64, is now 48") == 1, "one process speaks for all"
     assert json.loads(ends.out)["images"] == IMAGES
+    finished_like(out, long)
+
+
+@POSIX
+@pytest.mark.slow
+def test_torchrun_starts_them_again_after_one_has_died(model, long, tmp_path, ends):
+    """The counters of the first attempt are none of the second's, though torchrun's store is the same."""
+    out = tmp_path / "r.tsv"
+    run = [*ranks(2), "certify", str(model), *CERTIFY, "--out", str(out), "--resume"]
+    run.insert(1, "--max-restarts=1")
+    process = start(tmp_path, *run)
+    ends.begun.append(process)
+    wait_for(lambda: len(decided(out)) >= 8, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], stdout=subprocess.PIPE, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    said = ends(process)
+    assert process.returncode == 0, said
     finished_like(out, long)

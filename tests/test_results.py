@@ -427,6 +427,7 @@ def test_every_published_log_reads(shared):
         ({"info": {"batch": "x"}}, 'info.batch = "x" must be a valid integer'),
         ({"info": {"batch": 0}}, "info.batch = 0 must be greater than or equal to 1"),
         ({"info": {"lanes": -1}}, "info.lanes = -1 must be"),
+        ({"info": {"threads": "4"}}, 'info.threads = "4" must be a valid integer'),
         ({"info": {"channels_last": 3}}, "info.channels_last = 3 must be a valid boolean"),
         ({"info": {"train_seed": "x"}}, 'info.train_seed = "x" must be a valid integer'),
         ({"info": {"loss": {}}}, "info.loss.name is missing"),

@@ -25,7 +25,9 @@ from rscli.engine import preview as previewing
 from rscli.engine import sampling, tune
 from rscli.engine.blocks import BLOCK
 from rscli.engine.certify import CertifyOptions, SamplingOptions, certify
+from rscli.engine.images import Images
 from rscli.engine.inquiry import CertifierInquiry
+from rscli.engine.modelfile import load_model
 from rscli.engine.progress import Silent
 from rscli.engine.protocol import protocol_path
 from rscli.engine.ranks import Alone, Together
@@ -254,6 +256,43 @@ def test_flags_decide_without_a_trial(model, tmp_path, trials):
     certify(options(model, tmp_path / "s.tsv", sampling=SamplingOptions(device="cpu", autotune=False)), Silent())
     assert trials == []
     assert sampled_with(out) == (32, True)
+
+
+@pytest.mark.parametrize("flags", [{"batch": 32}, {"autotune": False}], ids=["batch", "no trial"])
+def test_a_long_run_without_a_trial_says_what_it_will_cost_too(model, tmp_path, trials, monkeypatch, flags):
+    monkeypatch.setattr(sampling, "speed_of", lambda *arguments: 11.0)
+    heard = Listening()
+    certify(options(model, tmp_path / "r.tsv", sampling=SamplingOptions(device="cpu", **flags)), heard)
+    assert trials == []
+    assert heard.notes[0].endswith("11 samples/s")
+    assert heard.notes[1] == "6 images, at most 1,320 samples: about 0:02:00 at that speed"
+
+
+def test_the_pilot_of_a_run_of_days_may_take_longer(model, tmp_path, monkeypatch):
+    """At 500 samples a second, two seconds are enough for 4 images; 40 seconds for 80, but 20 are the most."""
+    images = Images(load_model(model), installed().build("certifiers", {"name": "cohen"}), None, (), labels=False)
+    asked = []
+    monkeypatch.setattr(previewing, "_pilot", lambda split, wanted, most, *rest: asked.append(most) or {})
+    for wanted, world in ((10, 1), (200, 1), (400, 2), (100_000, 1)):
+        assert len(list(previewing.preview(images, range(wanted), None, 500.0, world, lambda: False))) == 1
+    assert asked == [40, 40, 40]  # of 200 images, a thousandth of 40,040 seconds; of ten, not even sixteen fit
+
+
+@pytest.mark.parametrize(
+    ("before", "lanes"),
+    [
+        ({}, 4),
+        ({"lanes": 1, "threads": 4, "trial": True}, 1),
+        ({"lanes": 1, "threads": 4}, 1),
+        ({"lanes": 1, "threads": 4, "trial": False}, 4),
+        ({"lanes": None, "threads": None}, 4),
+    ],
+)
+def test_a_run_that_goes_on_has_few_lanes_only_if_a_trial_found_so(model, monkeypatch, before, lanes):
+    monkeypatch.setattr(sampling, "lanes_of", lambda device: 4)
+    work = sampling.Work(10**6)
+    _, choice = SamplingOptions("cpu", batch=8).sampler(load_model(model), work, before, Silent(), lambda: False)
+    assert choice.lanes == lanes
 
 
 def test_the_preview_says_what_the_run_and_the_sequential_certifier_would_take(model, tmp_path, trials):

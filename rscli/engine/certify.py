@@ -22,7 +22,7 @@ from rscli.engine.modelfile import Model, load_model
 from rscli.engine.parts import part_path, parts_of, union
 from rscli.engine.preview import preview
 from rscli.engine.progress import Progress
-from rscli.engine.protocol import read_protocol
+from rscli.engine.protocol import protocol_path, read_protocol
 from rscli.engine.radii import decided_radii
 from rscli.engine.ranks import Ranks, join
 from rscli.engine.sample import Sampler
@@ -36,6 +36,9 @@ from rscli.registry import installed
 
 LONG_RUN = 1_000_000
 """From so many samples on, a trial at the start looks for the fastest batch size and layout."""
+
+SHARED_SECONDS = 30.0
+"""So long may a file take to be seen by other machines that share the folder."""
 
 SHOW_SECONDS = 0.2
 """Time between two reports of progress."""
@@ -156,6 +159,7 @@ class _Run:
             self.writer.finish()
             self.score = Score(self.writer.rows)
             samples = self.ranks.add("samples", 0)
+        self.ranks.leave(self.stop)
         return self.score.tally(self.writer.path, samples, time.monotonic() - self.start)
 
     def _inquire(self, index: int) -> Inquiry:
@@ -189,6 +193,7 @@ def _prepare(
     """
     if ranks.rank > 0:
         ranks.meet("protocol", stop)
+        _see_protocol(options.out)
     certifier = images.certifier
     before = read_protocol(options.out) if options.resume or ranks.rank > 0 or options.shard else None
     info = (before or {}).get("info") or {}
@@ -198,9 +203,19 @@ def _prepare(
     if choice.speed is not None:
         progress.note(f"trial: {choice}: {choice.speed:,.0f} samples/s")
     if choice.speed is not None and not info:  # of a run that goes on, most may be done
-        for line in preview(images, wanted, sampler, choice.speed * ranks.world):
+        for line in preview(images, wanted, sampler, choice.speed, ranks.world, lambda: stop.requested):
             progress.note(line)
     return sampler, _protocol(model, certifier, images.split, sampler, choice, options)
+
+
+def _see_protocol(out: Path) -> None:
+    """Raises `InputError` if what the first process has written beside `out` is not to be seen here, after a while."""
+    until = time.monotonic() + SHARED_SECONDS
+    while not protocol_path(out).exists():
+        if time.monotonic() > until:
+            hint = "All processes must write to one folder: use an --out that they share."
+            raise InputError(f"{protocol_path(out)}, which the first process has written, is not here", hint)
+        time.sleep(0.05)
 
 
 def _begin(options: CertifyOptions, protocol: dict[str, Any], ranks: Ranks, stop: StopRequest) -> ResultWriter:
@@ -312,6 +327,7 @@ def _protocol(
             "batch": sampler.batch,
             "channels_last": choice.channels_last,
             "lanes": choice.lanes,
+            "trial": choice.speed is not None,
             "compile": choice.compiled,
             **environment(sampler.device),
         },

@@ -9,8 +9,15 @@ import torch
 
 from rscli.errors import RscliError
 
-_SIGNS = ("DefaultCPUAllocator", "MPS backend out of memory")
-"""What torch says on devices whose errors have no class of their own."""
+_SIGNS = (
+    "DefaultCPUAllocator",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "bad_alloc",
+)
+"""What torch, and the libraries below it, say in errors that have no class of their own."""
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -20,9 +20,11 @@ from rscli.engine.sample import Sampler
 from rscli.engine.seeds import derive
 from rscli.registry import installed
 
-PILOT_SECONDS, PILOT_SAMPLES = 2.0, 250
-LEAST_IMAGES, MOST_IMAGES = 16, 64
-"""A pilot has so many samples an image, and as many images as it can classify in its time; with fewer it is left out."""
+PILOT_SECONDS, PILOT_SHARE, LONGEST_PILOT = 2.0, 1e-3, 20.0
+"""The pilot takes so many seconds at most, or such a share of the whole run, but never longer than the last of these."""
+
+PILOT_SAMPLES, LEAST_IMAGES, MOST_IMAGES = 250, 16, 64
+"""It has so many samples an image; where it cannot classify the least number of images in its time, it is left out."""
 
 PATHS = 10
 """Simulated conversations with a certifier about each pilot image."""
@@ -44,24 +46,30 @@ class _Pilot(Certifier):
         return Decision(0, 0.0, 1.0, "pilot")
 
 
-def preview(images: Images, wanted: Sequence[int], sampler: Sampler, speed: float) -> Iterator[str]:
-    """Lines: the most that certifying `wanted` takes at `speed` samples a second, what it probably takes, and the alternative.
+def preview(
+    images: Images, wanted: Sequence[int], sampler: Sampler, speed: float, world: int, stop: Callable[[], bool]
+) -> Iterator[str]:
+    """Lines: the most that certifying `wanted` takes, what it probably takes, and the alternative.
 
-    The last two are there if they are less. They come from a pilot of a few samples on a few images (on noise of its own, that
-    no certificate uses), and are left out where that would cost too much.
+    `speed` is that of this process, in samples a second; there are `world` of them. The last two lines are there if they are
+    less. They come from a pilot of a few samples on a few images (on noise of its own, that no certificate uses), and are left
+    out where that would cost too much.
     """
     certifier, question = images.certifier, images.question
     most = certifier.selection(question(wanted[0])) + certifier.n
     samples = len(wanted) * most
-    yield f"{len(wanted):,} images, at most {samples:,} samples: {_duration(samples / speed)} at that speed"
-    affordable = int(speed * PILOT_SECONDS / PILOT_SAMPLES)
+    longest = samples / speed / world
+    yield f"{len(wanted):,} images, at most {samples:,} samples: {_duration(longest)} at that speed"
+    affordable = int(speed * min(max(PILOT_SECONDS, PILOT_SHARE * longest), LONGEST_PILOT) / PILOT_SAMPLES)
     if affordable < LEAST_IMAGES:
         return
-    pilot = _pilot(images.split, wanted, min(affordable, MOST_IMAGES), sampler)
+    pilot = _pilot(images.split, wanted, min(affordable, MOST_IMAGES), sampler, stop)
+    if not pilot:
+        return
     source = f"(estimated from {len(pilot)} images)"
     probably = _expected(certifier, question, pilot)
     if probably < FEWER * most:
-        yield f"probably {probably:,.0f} samples an image: {_duration(len(wanted) * probably / speed)} {source}"
+        yield f"probably {probably:,.0f} samples an image: {_duration(len(wanted) * probably / speed / world)} {source}"
     radii = grid_radii(certifier, images.noise)
     if certifier.grid or not radii:
         return
@@ -76,13 +84,13 @@ def preview(images: Images, wanted: Sequence[int], sampler: Sampler, speed: floa
         )
 
 
-def _pilot(split: Split, wanted: Sequence[int], most: int, sampler: Sampler) -> dict[int, Counts]:
+def _pilot(split: Split, wanted: Sequence[int], most: int, sampler: Sampler, stop: Callable[[], bool]) -> dict[int, Counts]:
     """The counts of `PILOT_SAMPLES` samples each, for `most` images at most, spread over `wanted`, by index."""
     chosen = wanted[:: max(1, len(wanted) // most)][:most]
     question = Question(sampler.classes)
     keys = {derive(sampler.seed, "pilot", index): index for index in chosen}
     inquiries = [CertifierInquiry(_Pilot(), question, key, partial(split.image, index)) for key, index in keys.items()]
-    for _ in sampler.run(inquiries):
+    for _ in sampler.run(inquiries, stop):
         pass
     sampler.samples = 0
     return {keys[inquiry.key]: inquiry.counts for inquiry in inquiries if inquiry.counts is not None}

@@ -15,8 +15,8 @@ from rscli.errors import InputError
 
 FORMAT = 1
 
-SELECTION = ("start", "skip", "max")
-"""Entries of `info` that say which images a run began with; a run that goes on may take others."""
+OF_THE_START = ("start", "skip", "max", "trial")
+"""Entries of `info` that say which images a run began with, and whether after a trial; one that goes on may take others."""
 
 
 class _Part(BaseModel):
@@ -45,6 +45,8 @@ class _Info(_Part):
     batch: int | None = Field(None, ge=1, le=10**6)
     channels_last: bool | None = None
     lanes: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1)
+    trial: bool | None = None
     compile: bool | None = None
 
 
@@ -121,5 +123,5 @@ def agree(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> lis
             f"{path} was begun with another protocol:\n" + "\n".join(f"  {line}" for line in changed),
             "Rows of one file must be comparable. Use the same model, data and options, or choose another --out.",
         )
-    info = [{key: value for key, value in one.items() if key not in SELECTION} for one in info]
+    info = [{key: value for key, value in one.items() if key not in OF_THE_START} for one in info]
     return [f"{path.name}, since it was begun: {line}" for line in differences(*info)]

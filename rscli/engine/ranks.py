@@ -41,6 +41,9 @@ class Ranks(Protocol):
     def meet(self, name: str, stop: StopRequest | None = None) -> None:
         """Waits until every process is here; each `name` is good for one meeting. Raises `Stopped` if `stop` is requested."""
 
+    def leave(self, stop: StopRequest | None = None) -> None:
+        """The last word of every process: nobody counts or meets any more. Raises as `meet` does."""
+
 
 class Alone:
     """A single process."""
@@ -61,6 +64,9 @@ class Alone:
 
     def meet(self, name: str, stop: StopRequest | None = None) -> None:
         """Nobody to wait for."""
+
+    def leave(self, stop: StopRequest | None = None) -> None:
+        """Nobody waits for it."""
 
 
 class Together:
@@ -84,7 +90,17 @@ class Together:
     def meet(self, name: str, stop: StopRequest | None = None) -> None:
         """Arrives, and waits for the others; torchrun ends the wait, by a signal, if one of them has died."""
         self.add(f"meet {name}", 1)
-        while self.add(f"meet {name}", 0) < self.world:
+        self._wait(f"meet {name}", stop)
+
+    def leave(self, stop: StopRequest | None = None) -> None:
+        """Goes; the first process, which keeps the store where torchrun does not, waits for the others to have gone."""
+        self.add("gone", 1)
+        if self.rank == 0:
+            self._wait("gone", stop)
+
+    def _wait(self, name: str, stop: StopRequest | None) -> None:
+        """Until the counter `name` says that it was everybody."""
+        while self.add(name, 0) < self.world:
             if stop is not None and stop.requested:
                 hint = "The same command with --resume puts the parts together, or goes on with what is missing."
                 raise Stopped("stopped while waiting for the other processes", hint, exit_code=stop.exit_code)
@@ -106,4 +122,5 @@ def join() -> Ranks:
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, world = next(iter(rendezvous("env://")))
-    return Together(PrefixStore("rscli", store), rank, world)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it starts all of them again
+    return Together(PrefixStore(f"rscli {attempt}", store), rank, world)

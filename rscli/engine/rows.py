@@ -13,7 +13,9 @@ come from Cohen et al. 2019); the others are ours, and are missing from files th
 | n0, n | samples that selected the class, and samples that certified it |
 | count, runner_up | of the n: those of the class under test, and those of the most frequent other class |
 | reason | why sampling stopped |
-| saturated | 1 if so many samples cannot give a larger radius |
+| saturated | 1 if so many samples cannot give a larger radius; where only given radii were decided, if all of them hold |
+
+A `saturated` row of the certifier `sequential` thus has the largest radius that was asked for: a larger one might be proved.
 
 Beside a file `results.tsv` lies `results.tsv.protocol.json`: everything that the rows depend on, and under `info` what they
 do not. A line is whole or it does not count: whatever was cut off by a crash is sampled again.

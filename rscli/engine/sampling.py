@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rscli.engine.devices import memory_layout, pick_device, precision_scope
 from rscli.engine.lanes import lanes_of
+from rscli.engine.memory import enough_memory
 from rscli.engine.modelfile import Model
 from rscli.engine.progress import Progress
 from rscli.engine.sample import Sampler
@@ -71,7 +72,7 @@ class SamplingOptions:
         channels_last = self.channels_last if self.channels_last is not None else before.get("channels_last")
         compiled = self.compile if self.compile is not None else before.get("compile")
         lanes = lanes_of(device)
-        if before.get("lanes", 0) < before.get("threads", 0):
+        if before.get("trial") is not False and (before.get("lanes") or 1) < (before.get("threads") or 1):
             lanes = min(lanes, before["lanes"])  # a trial found that fewer are faster
         if self.autotune or (self.autotune is None and work.long and batch is None):
             choice = tune(make, device, shape, batch=batch, channels_last=channels_last, lanes=lanes, stop=stop)
@@ -79,16 +80,19 @@ class SamplingOptions:
             batch = batch or BATCH
             lanes = max(1, min(lanes, work.samples // batch))  # each with a batch of its own
             choice = Choice(batch, True if channels_last is None else channels_last, lanes)
+            if work.long and not before:  # worth knowing what it will cost
+                choice = replace(choice, speed=speed_of(make, choice, shape, stop))
         if compiled:
             choice = _compiled(make, choice, shape, stop)
         elif compiled is None and self._may_compile(work, choice):
             choice = _compiled_if_faster(make, choice, shape, progress, stop)
-        return make(choice), choice
+        with enough_memory(device, f"batches of {choice.batch:,} images", "Use smaller ones (--batch)."):
+            return make(choice), choice
 
     def _may_compile(self, work: Work, choice: Choice) -> bool:
         """Whether a run is worth a trial of torch.compile, which in bf16 would change more than last bits."""
         long = choice.speed is not None and work.samples > COMPILE_SECONDS * choice.speed
-        return long and not work.early and self.precision != "bf16"
+        return long and not work.early and self.precision != "bf16" and self.autotune is not False
 
     def _maker(self, model: Model, device: torch.device) -> Make:
         """What makes the sampler of a choice. All samplers share the network; it is moved to the layout of the latest."""

@@ -130,9 +130,9 @@ def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop
     """Samples a second of the whole engine; None if the batch does not fit into memory, or if it was stopped."""
     if stop():
         return None
-    sampler = make(choice)
-    trial = _Trial(sampler, shape, stop)
     try:
+        sampler = make(choice)
+        trial = _Trial(sampler, shape, stop)
         for _ in sampler.run((_Endless(trial, key) for key in range(choice.lanes + 2)), trial.over):
             pass
     except RuntimeError as error:
@@ -140,7 +140,7 @@ def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop
             raise
         return None
     finally:
-        if sampler.device.type == "cuda":
+        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
     return trial.speed if sampler.batch == choice.batch else None  # it was halved: out of memory
 
