@@ -140,8 +140,7 @@ def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop
             raise
         return None
     finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where there is no CUDA
     return trial.speed if sampler.batch == choice.batch else None  # it was halved: out of memory
 
 
