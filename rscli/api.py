@@ -74,12 +74,17 @@ class Noise(Plugin):
     def radius(self, p_a: float, p_b: float) -> float:
         """The certified radius for a lower bound `p_a` on the top class and an upper bound `p_b` on every other class.
 
-        Both in [0, 1]; never negative; 0 if `p_a <= p_b`. Increasing in `p_a`, decreasing in `p_b`.
+        Both in [0, 1]; the radius is in the units of sigma, never negative, 0 if `p_a <= p_b`. Increasing in `p_a`, decreasing
+        in `p_b`. Raises `rscli.errors.InputError` outside [0, 1], and where the radius would be infinite (p_a = 1 or p_b = 0,
+        which no number of samples gives).
         """
         raise NotImplementedError
 
     def probability(self, radius: float) -> float:
-        """What `p_a` must exceed for `radius` when `p_b = 1 - p_a`: the inverse of `radius(p, 1 - p)`; 1/2 at radius 0."""
+        """What `p_a` must exceed for `radius` when `p_b = 1 - p_a`: the inverse of `radius(p, 1 - p)`; 1/2 at radius 0.
+
+        In [1/2, 1], for a `radius` in the units of sigma. Raises `rscli.errors.InputError` if that is negative or not finite.
+        """
         raise NotImplementedError
 
 
@@ -133,7 +138,11 @@ class Loss(Plugin):
     m: int = Field(1, ge=1, description="noisy copies of an image")
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """The named terms of the objective, scalars with gradients; the engine minimises their sum and logs each."""
+        """The named terms of the objective, scalars with gradients; the engine minimises their sum and logs each.
+
+        May raise `rscli.errors.InputError` for what the user can mend. The engine raises `rscli.errors.PluginError` if there is
+        no term or one is no scalar, and `rscli.errors.RscliError` if one is not finite.
+        """
         raise NotImplementedError
 
 
@@ -141,11 +150,14 @@ class NoisyLoss(Loss):
     """A loss of the noisy logits alone."""
 
     def terms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The named terms from `logits` (m, batch, classes) and `labels` (batch,): scalars, summed by the engine."""
+        """The named terms from `logits` (m, batch, classes) and `labels` (batch,) int64: scalars, summed by the engine.
+
+        Raises as `Loss.step` does.
+        """
         raise NotImplementedError
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """The terms of the step's noisy logits."""
+        """The terms of the step's noisy logits, as scalars by name; raises what `terms` raises."""
         return self.terms(step.noisy_logits, step.labels)
 
 
@@ -317,7 +329,8 @@ class Decision:
     """How an image was decided: the class (or ABSTAIN), bounds on probabilities, and why sampling stopped.
 
     With probability at least 1 - alpha, the class has probability at least `p_a` and every other at most `p_b`.
-    `saturated`: the bound is the largest that so many samples can give.
+    `saturated`: the bound is the largest that so many samples can give; of a certifier of given radii (`grid`): all of them
+    hold, and more might be proved.
     """
 
     predict: int
@@ -339,20 +352,26 @@ class Certifier(Plugin):
     alpha: float = Field(0.001, gt=0, lt=1, description="probability that a certificate is wrong, at most")
 
     def selection(self, question: Question) -> int:
-        """How many samples are drawn first, to choose the class; 0 if none are needed."""
+        """How many samples are drawn first, to choose the class; 0 if none are needed.
+
+        The engine raises `rscli.errors.PluginError` if it is negative.
+        """
         return self.n0
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
         """The class under test and the looks, from the `counts` (classes,) of the selection samples.
 
-        The looks count fresh samples: the selection samples are never counted again.
+        The looks count fresh samples: the selection samples are never counted again. Without selection samples the counts are
+        zeros. Raises `rscli.errors.InputError` for a question that it cannot answer; the engine raises
+        `rscli.errors.PluginError` if the looks do not increase from 1, or no sample is wanted at all.
         """
         raise NotImplementedError
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision | None:
         """Called at each look with the `counts` (classes,) of the first `n` fresh samples; None: go on to the next look.
 
-        Must decide at the last look.
+        Must decide at the last look, or, if the plan has no looks, when called with zeros and n = 0: the engine raises
+        `rscli.errors.PluginError` for a None there. May assume that `n` is a look of the plan and that the counts add up to it.
         """
         raise NotImplementedError
 

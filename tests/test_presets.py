@@ -74,7 +74,7 @@ TABLE = {
     ("imagenet", "gaussian"): [(gaussian(1), None)] * 3,
     ("imagenet", "cons"): [(consistency(2, 10), None), (consistency(2, 5), None), (consistency(2, 5, eta=0.1), None)],
     ("imagenet", "smoothadv"): [(gaussian(1), DDN), (gaussian(1), pgd(255, 1)), (gaussian(1), pgd(512, 1))],
-    # our own choices: no paper has these
+    # our own choices: we know of no published run with these settings, nor of logs of the ImageNet rows in MACER's paper
     ("imagenet", "stability"): [(stability(2), None), (stability(2), None), (stability(1), None)],
     ("imagenet", "macer"): [(macer(12, True, m=2), None), (macer(4, True, m=2), None), (macer(12, True, m=2), None)],
     ("imagenet", "smoothadv-cons"): [

@@ -74,7 +74,7 @@ def test_every_figure_is_the_published_one(row):
     for sigma, cell in zip(SIGMAS if "SIGMA" in name else SIGMAS[:1], row[1:], strict=True):
         published = published_for(name.replace("SIGMA", sigma))
         if published is None:
-            wanted = "none published"
+            wanted = "no row here"
         else:
             wanted = f"{published.acr:.4f}" + (f" ± {published.acr_sd:.4f}" if published.acr_sd is not None else "")
         assert cell.strip().rstrip("*") == wanted

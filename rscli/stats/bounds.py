@@ -58,9 +58,10 @@ def lower(k: int, n: int, alpha: float) -> float: ...
 @overload
 def lower(k: NDArray[Any], n: int | NDArray[Any], alpha: float) -> NDArray[np.float64]: ...
 def lower(k: int | NDArray[Any], n: int | NDArray[Any], alpha: float) -> float | NDArray[np.float64]:
-    """The one-sided lower bound L(k, n, alpha) in [0, 1): for every p, P(p < L) <= alpha.
+    """The one-sided lower bound L(k, n, alpha) in [0, 1): for every p, P(p < L) <= alpha (Clopper & Pearson 1934).
 
-    `k` hits in `n` samples: scalars, or arrays that broadcast. Raises InputError unless 0 <= k <= n, n >= 1, 0 < alpha < 1.
+    `k` hits in `n` samples: scalars, for a float, or arrays that broadcast, for a float64 array of their common shape. Raises
+    InputError unless 0 <= k <= n, n >= 1, 0 < alpha < 1.
     """
     hits, samples = _checked(k, n, alpha)
     inner = special.betaincinv(np.maximum(hits, 1), samples - hits + 1, alpha)
@@ -74,9 +75,10 @@ def upper(k: int, n: int, alpha: float) -> float: ...
 @overload
 def upper(k: NDArray[Any], n: int | NDArray[Any], alpha: float) -> NDArray[np.float64]: ...
 def upper(k: int | NDArray[Any], n: int | NDArray[Any], alpha: float) -> float | NDArray[np.float64]:
-    """The one-sided upper bound U(k, n, alpha) in (0, 1]: for every p, P(p > U) <= alpha.
+    """The one-sided upper bound U(k, n, alpha) in (0, 1]: for every p, P(p > U) <= alpha (Clopper & Pearson 1934).
 
-    `k` hits in `n` samples: scalars, or arrays that broadcast. Raises InputError unless 0 <= k <= n, n >= 1, 0 < alpha < 1.
+    `k` hits in `n` samples: scalars, for a float, or arrays that broadcast, for a float64 array of their common shape. Raises
+    InputError unless 0 <= k <= n, n >= 1, 0 < alpha < 1.
     """
     hits, samples = _checked(k, n, alpha)
     inner = special.betainccinv(hits + 1, np.maximum(samples - hits, 1), alpha)
@@ -86,9 +88,9 @@ def upper(k: int | NDArray[Any], n: int | NDArray[Any], alpha: float) -> float |
 
 
 def interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """The two-sided Clopper-Pearson interval at confidence `level` in (0, 1): half of the error on each side.
+    """The two-sided Clopper-Pearson interval (low, high) at confidence `level`: half of the error on each side.
 
-    Raises InputError unless 0 <= k <= n, n >= 1 and 0 < level < 1.
+    `k` hits in `n` samples. Raises InputError unless 0 <= k <= n, n >= 1 and 0 < level < 1.
     """
     check_alpha(level, "level")
     side = (1 - level) / 2

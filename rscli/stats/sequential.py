@@ -129,9 +129,11 @@ def _spend(p0: float, looks: tuple[int, ...], alpha: float, early: float) -> lis
 def boundary(p0: float, looks: tuple[int, ...], alpha: float, early: float = EARLY) -> tuple[int, ...]:
     """b_k for each of `looks`: p > p0 may be certified at the first look with at least b_k hits, at error `alpha` in all.
 
-    `early` of alpha is spent evenly over the looks before the last, the rest on the last. b_k = n_k + 1 means never at that
-    look. Exact in float64 and rounded to the safe side; kept in memory and in the cache folder. Raises InputError unless p0 is
-    in [0, 1], looks increase strictly from at least 1, alpha is in (0, 1) and early in [0, 1].
+    Lan & DeMets 1983, with the exact distribution (see above); `looks` are cumulative samples. `early` of alpha is spent evenly
+    over the looks before the last, the rest on the last; at 0 the looks before the last certify only by counts that are all
+    but impossible at p0 (`_CUT` of alpha). b_k = n_k + 1 means never at that look. Exact in float64 and rounded to the safe
+    side; kept in memory and in the cache folder. Raises InputError unless p0 is in [0, 1], looks increase strictly from at
+    least 1, alpha is in (0, 1) and early in [0, 1].
     """
     check_alpha(alpha)
     if not 0 <= p0 <= 1:
@@ -152,7 +154,7 @@ def give_up_boundary(p0: float, looks: tuple[int, ...], beta: float = GIVE_UP, e
     """a_k for each of `looks`: give up on p > p0 at the first look with at most a_k hits (-1: never at that look).
 
     The mirror image of `boundary`, of the misses at error `beta`: whoever has p >= p0 gives up before the last look with
-    probability at most early * beta. Raises InputError as `boundary` does.
+    probability at most early * beta. Nothing of alpha is spent, as abstaining is always sound. Raises as `boundary` does.
     """
     return tuple(n - misses for n, misses in zip(looks, boundary(1 - p0, looks, beta, early), strict=True))
 
@@ -171,11 +173,17 @@ class NestedTest:
     give_up: NDArray[np.int64]
 
     def certified(self, look: int, hits: int) -> int:
-        """How many of the thresholds, from the smallest up, `hits` certify at look number `look` (from 0)."""
+        """How many of the thresholds, from the smallest up, `hits` certify at look number `look` (from 0).
+
+        Raises IndexError if there is no such look.
+        """
         return int(np.searchsorted(self.certify[look], hits, side="right"))
 
     def hopeful(self, look: int, hits: int) -> int:
-        """How many of the thresholds, from the smallest up, are not given up by `hits` at look number `look` (from 0)."""
+        """How many of the thresholds, from the smallest up, are not given up by `hits` at look number `look` (from 0).
+
+        Raises IndexError if there is no such look.
+        """
         return int(np.searchsorted(self.give_up[look], hits, side="left"))
 
 
@@ -192,7 +200,8 @@ def nested_test(
     The hypotheses are nested, so the cumulative maximum of the boundaries over increasing p0 needs no further correction: let
     p0 be the smallest threshold >= p. Any wrong certificate, at whatever threshold, reaches the boundary of p0, which happens
     with probability at most alpha. Besides the mirrored boundary, a threshold is given up as soon as the misses exceed what
-    every later look would allow (curtailment: this loses nothing). Raises InputError unless thresholds increase strictly.
+    every later look would allow (curtailment: this loses nothing). Raises InputError unless thresholds increase strictly, and
+    as `boundary` does.
     """
     if not thresholds or any(b <= a for a, b in pairwise(thresholds)):
         raise InputError(f"the thresholds {thresholds} must increase strictly, and be at least one")
@@ -214,7 +223,10 @@ def _misses_allowed_later(allowed: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def cache_folder() -> Path:
-    """Where boundaries are kept: `RSCLI_CACHE_DIR`, else `rscli` under `XDG_CACHE_HOME`, `LOCALAPPDATA` or `~/.cache`."""
+    """Where boundaries are kept: `RSCLI_CACHE_DIR`, else `rscli` under `XDG_CACHE_HOME`, `LOCALAPPDATA` or `~/.cache`.
+
+    Raises RuntimeError if none of these is set and there is no home folder.
+    """
     own = os.environ.get("RSCLI_CACHE_DIR")
     if own:
         return Path(own)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def norms(d: Tensor) -> Tensor:
-    """The L2 lengths (batch, 1, 1, 1) of `d` (batch, channel, height, width)."""
+    """The L2 lengths (batch, 1, 1, 1) of `d` (batch, channel, height, width), in its units."""
     from torch.linalg import vector_norm
 
     lengths: Tensor = vector_norm(d, dim=(1, 2, 3), keepdim=True)
@@ -17,14 +17,19 @@ def norms(d: Tensor) -> Tensor:
 
 
 def direction(d: Tensor) -> Tensor:
-    """d / (|d| + 1e-8), image by image: length 1, but for a `d` near zero; zero stays zero."""
+    """d / (|d| + 1e-8), image by image, as `d` (batch, channel, height, width).
+
+    Its length is |d| / (|d| + 1e-8): 1 but for a short `d`, a half at |d| = 1e-8, and zero stays zero. The published code of
+    the attacks divides by |d|, which gives length 1 to however short a `d`.
+    """
     return d / (norms(d) + 1e-8)
 
 
 def within(images: Tensor, moved: Tensor, epsilon: float) -> Tensor:
-    """`moved` brought back into [0, 1], then to at most `epsilon` from `images` (all (batch, channel, height, width)).
+    """`moved` brought back into [0, 1], then to at most `epsilon` (in pixels of [0, 1], L2) from `images`.
 
-    The second can not undo the first: it moves a point straight towards its image, which lies in the box.
+    Both are (batch, channel, height, width), as is the answer. The second can not undo the first: it moves a point straight
+    towards its image, which lies in the box.
     """
     d = moved.clamp(0, 1) - images
     return images + d * (epsilon / norms(d)).clamp(max=1)

@@ -22,21 +22,31 @@ class SmoothAdv(Attack):
     )
 
     def reach(self, epoch: int) -> float:
-        """epsilon * min(1, (epoch + 1) / warmup), with epochs counted from 0."""
+        """epsilon * min(1, (epoch + 1) / warmup), in pixels of [0, 1]; `epoch` counts from 0."""
         return self.epsilon * min(1.0, (epoch + 1) / max(self.warmup, 1))
 
 
 class Ascent(SmoothAdv):
-    """From the image, steps of one length along `ascent`, each brought back to where the perturbation may be."""
+    """From the image, steps along `ascent`, each brought back to where the perturbation may be.
 
-    steps: int = Field(10, ge=1, description="steps, each of length 2 epsilon / steps")
+    A step is 2 epsilon / steps times |g| / (|g| + 1e-8) long, where g is what `ascent` gives: shorter where |g| is below about
+    1e-8. The authors' code divides by |g| alone.
+    """
+
+    steps: int = Field(10, ge=1, description="steps, each of length 2 epsilon / steps, less where the gradient is near 0")
 
     def ascent(self, step: TrainStep, moved: Tensor) -> Tensor:
-        """Where to go from `moved`, of any length: (batch, channel, height, width)."""
+        """Where to go from `moved`, of any length; both are (batch, channel, height, width).
+
+        Raises `NotImplementedError` unless it is overridden.
+        """
         raise NotImplementedError
 
     def perturb(self, step: TrainStep) -> Tensor:
-        """The moved images (batch, channel, height, width): in [0, 1], at most epsilon away, detached."""
+        """The moved images (batch, channel, height, width): in [0, 1], at most `reach` away, detached.
+
+        Raises nothing of its own.
+        """
         epsilon = self.reach(step.epoch)
         moved = step.images
         for _ in range(self.steps):
@@ -48,8 +58,9 @@ class Ascent(SmoothAdv):
 def gradient(step: TrainStep, logits: Tensor, moved: Tensor) -> Tensor:
     """The gradient by `moved`, image by image, of J = -log max(mean_i softmax f(moved + delta_i)_y, 1e-20).
 
-    `logits` (m, batch, classes) were computed from `moved` (batch, channel, height, width), which requires a gradient; their
-    graph is freed. Nothing is accumulated in the model's parameters.
+    J is the objective of Salman et al., section 3. `logits` (m, batch, classes) were computed from `moved` (batch, channel,
+    height, width), whose shape the gradient has; torch raises RuntimeError if it requires no gradient. The graph of the logits
+    is freed, and nothing is accumulated in the model's parameters.
     """
     from torch.autograd import grad
 

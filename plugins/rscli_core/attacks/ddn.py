@@ -26,14 +26,15 @@ class Ddn(SmoothAdv):
 
         d    <- d + alpha_k g            alpha_k = 0.01 + 0.99 (1 + cos(pi k / T)) / 2,  k = 1..T
         norm <- norm (1 - gamma) if x + d was adversarial, else norm (1 + gamma)
-        d    <- norm d / |d|, then x + d rounded to `levels` grey levels and clipped to [0, 1]
+        d    <- norm d / (|d| + 1e-8), then x + d rounded to `levels` grey levels and clipped to [0, 1]
 
     Adversarial: the class that most of the m copies are given (the lowest, on equal votes) is not y. The shortest adversarial d
     that was looked at, zero if there was none, is clipped to [0, 1] and projected to |d| <= epsilon.
 
-    Where we differ from the authors' code: where g = 0 it takes a random direction, we stay; it rounds once more after the
-    last projection, which may leave |d| > epsilon, we do not; it caps the norm at the farthest corner of the box, which
-    clipping does for us.
+    Where we differ from the authors' code: it divides by |g| and |d| alone, and takes a random direction where g = 0; on images
+    whose gradient is below about 1e-8 our g is shorter and turns d less, and where it is 0 d does not turn. It rounds once more
+    after the last projection, which may leave |d| > epsilon, we do not; it caps the norm at the farthest corner of the box,
+    which clipping does for us.
     """
 
     steps: int = Field(10, ge=2, description="points that are looked at; the first is the image itself")
@@ -41,7 +42,10 @@ class Ddn(SmoothAdv):
     levels: int = Field(256, ge=2, description="grey levels of the images that are tried")
 
     def perturb(self, step: TrainStep) -> Tensor:
-        """The moved images (batch, channel, height, width): in [0, 1], at most epsilon away, detached."""
+        """The moved images (batch, channel, height, width): in [0, 1], at most `reach` away, detached.
+
+        Raises nothing of its own.
+        """
         images, epsilon = step.images, self.reach(step.epoch)
         norm = images.new_full((len(images), 1, 1, 1), epsilon)
         moved, best, shortest = images, images, norm + math.inf

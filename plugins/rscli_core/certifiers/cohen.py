@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 
 
 def candidate(counts: NDArray[np.int64], question: Question) -> int:
-    """The class under test: the label if one was asked for, else the most frequent selected class (the lowest on ties)."""
+    """The class under test: the label if one was asked for, else the most frequent selected class (the lowest on ties).
+
+    `counts` (classes,) of the selection samples. The first step of CERTIFY; raises nothing of its own.
+    """
     return int(np.argmax(counts)) if question.label is None else question.label
 
 
 def fixed_n_decision(hits: int, n: int, candidate: int, alpha: float) -> Decision:
     """The candidate if its lower bound L is at least 1/2 (radius 0 at 1/2 itself), else an abstention; p_b = 1 - L.
 
-    Valid only if `n` was fixed before any of these samples was seen.
+    L is the Clopper-Pearson bound from `hits` in `n` samples at error `alpha`: the second step of CERTIFY. Valid only if `n`
+    was fixed before any of these samples was seen. Raises InputError unless 0 <= hits <= n, n >= 1 and 0 < alpha < 1.
     """
     bound = bounds.lower(hits, n, alpha)
     if bound < 0.5:
@@ -40,10 +44,10 @@ class Cohen(Certifier):
         return self.n0 if question.label is None else 0
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
-        """One look, at n; before it, if asked for, those of the sequential test, only to abstain.
+        """One look, at n; before it, if asked for, those of the sequential test, only to abstain; `counts` (classes,).
 
         The state maps each of these to the hits at or below which the image is given up (`sequential.give_up_boundary` at 1/2:
-        an image whose class has probability 1/2 or more is given up with probability at most 2e-4).
+        an image whose class has probability 1/2 or more is given up with probability at most 2e-4). Raises nothing of its own.
         """
         if not self.early_abstain:
             return Plan(candidate(counts, question), (self.n,))
@@ -52,7 +56,11 @@ class Cohen(Certifier):
         return Plan(candidate(counts, question), looks, dict(zip(looks[:-1], limits, strict=False)))
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision | None:
-        """At n, the exact bound. Before it, an abstention or nothing: no bound is taken from samples that stopped early."""
+        """At n, the exact bound. Before it, an abstention or nothing: no bound is taken from samples that stopped early.
+
+        `counts` (classes,) of the first `n` fresh samples, `n` a look of the plan. Raises InputError if the class has more hits
+        than n.
+        """
         hits = int(counts[plan.candidate])
         if n == plan.looks[-1]:
             return fixed_n_decision(hits, n, plan.candidate, self.alpha)

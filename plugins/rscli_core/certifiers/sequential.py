@@ -34,11 +34,21 @@ class _Standing:
 
 
 class Sequential(Certifier):
-    """Stops as soon as every wanted radius is certified or hopeless; needs radii."""
+    """Stops as soon as every wanted radius is certified or hopeless; needs radii.
+
+    With early = 0, nothing is spent before the last look: till then a radius is certified, or given up, only on a count that is
+    all but impossible (1e-18 of alpha or give_up) at its threshold, or given up when the rest of the samples cannot help.
+    """
 
     grid: ClassVar[bool] = True
 
-    early: float = Field(sequential.EARLY, ge=0, le=1, description="part of alpha that is spent before the last look")
+    early: float = Field(
+        sequential.EARLY,
+        ge=0,
+        le=1,
+        description="part of alpha and of give_up spent before the last look; 0: a hopeless image is given up early only if "
+        "the rest of its samples cannot help, or its count is all but impossible",
+    )
     give_up: float = Field(sequential.GIVE_UP, gt=0, lt=1, description="probability of giving up what holds; costs no error")
     first_look: int = Field(50, ge=1, description="samples at the first look")
     growth: float = Field(1.2, ge=1.01, description="each look's samples, as a multiple of those at the look before")
@@ -48,7 +58,11 @@ class Sequential(Certifier):
         return self.n0 if question.label is None else 0
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
-        """Looks that grow geometrically up to n. Raises InputError without thresholds, or with any below 1/2."""
+        """Looks that grow geometrically up to n, from the `counts` (classes,) of the selection samples.
+
+        The test is `rscli.stats.sequential.nested_test`, error spending after Lan & DeMets 1983. Raises InputError without
+        thresholds, with any below 1/2, or if they do not increase strictly.
+        """
         thresholds = question.thresholds
         if not thresholds:
             raise InputError("the sequential certifier decides given radii, but none was given", "say --radii 0,0.25,0.5,0.75")
@@ -59,7 +73,11 @@ class Sequential(Certifier):
         return Plan(candidate(counts, question), looks, _Standing(thresholds, test, certified=0, hopeful=len(thresholds)))
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision | None:
-        """Decides at the first look that leaves no threshold open; p_a is then the largest certified one."""
+        """Decides at the first look that leaves no threshold open; p_a is then the largest certified one.
+
+        `counts` (classes,) of the first `n` fresh samples. `saturated`: all thresholds hold, and more might be proved. Raises
+        ValueError if `n` is no look of the plan.
+        """
         now: _Standing = plan.state
         look, hits = plan.looks.index(n), int(counts[plan.candidate])
         now.certified = max(now.certified, now.test.certified(look, hits))

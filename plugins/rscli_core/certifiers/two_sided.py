@@ -28,14 +28,15 @@ class TwoSided(Certifier):
         return self.n0 if question.label is None else 0
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
-        """One look, at n."""
+        """One look, at n, from the `counts` (classes,) of the selection samples; raises nothing of its own."""
         return Plan(candidate(counts, question), (self.n,))
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision:
-        """p_a = L(n_A), p_b = min(U(largest other count), 1 - p_a); abstains unless p_a > p_b.
+        """p_a = L(n_A), p_b = min(U(largest other count), 1 - p_a); abstains unless p_a > p_b; `counts` (classes,).
 
-        Two events suffice however many classes there are: U increases in the count, and the largest observed count is at least
-        that of the true runner-up. The index of the runner-up is never used.
+        L and U are the Clopper-Pearson bounds, at `share` of alpha and at the rest. Two events suffice however many classes
+        there are: U increases in the count, and the largest observed count is at least that of the true runner-up. The index of
+        the runner-up is never used. Raises InputError if a count is above `n`.
         """
         hits, runner_up = int(counts[plan.candidate]), int(np.delete(counts, plan.candidate).max(initial=0))
         p_a = bounds.lower(hits, n, self.share * self.alpha)

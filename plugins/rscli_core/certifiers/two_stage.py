@@ -31,6 +31,7 @@ class TwoStage(Certifier):
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
         """One look, at the smallest size whose expected radius is at least (1 - loss) of the one expected at n.
 
+        `counts` (classes,) of the pilot's n0 samples; raises InputError if that of the class is above n0.
         Expected: the bound at the pilot's share of hits. No look at all (abstain) where the pilot already shows, at error
         alpha, that the class is below 1/2; all n samples where it is too close to 1/2 to tell. Neither touches the error.
         """
@@ -49,7 +50,10 @@ class TwoStage(Certifier):
         return int(sizes[np.argmax(radii >= (1 - self.loss) * radii[-1])]) if radii[-1] > 0 else self.n
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision:
-        """The exact bound at the chosen size; an abstention if the pilot left no hope."""
+        """The exact bound at the chosen size, as CERTIFY; an abstention if the pilot left no hope.
+
+        `counts` (classes,) of the first `n` fresh samples. Raises InputError if the class has more hits than n.
+        """
         if not plan.looks:
             return Decision(ABSTAIN, 0.0, 1.0, "gave-up")
         return fixed_n_decision(int(counts[plan.candidate]), n, plan.candidate, self.alpha)

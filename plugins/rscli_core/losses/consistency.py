@@ -50,7 +50,8 @@ class Consistency(NoisyLoss):
         """`ce` and the terms of the form, from `logits` (m, batch, classes) and `labels` (batch,).
 
         They are `kl` and `entropy` (default), `xent`, `kl` or `mse`, each multiplied by its weight already: the engine sums
-        the terms as they are, and logs them.
+        the terms as they are, and logs them. Scalars, in nats but for `mse`; Jeong & Shin, section 3, as in the docstring of
+        the class. Raises IndexError if form = mse is given the logits of one copy only.
         """
         log_p = logits.log_softmax(-1)
         return {"ce": cross_entropy(log_p, labels), **self._penalty(log_p)}

@@ -21,5 +21,8 @@ class GaussianLoss(NoisyLoss):
     """
 
     def terms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """`ce`, from `logits` (m, batch, classes) and `labels` (batch,)."""
+        """`ce`, a scalar in nats, from `logits` (m, batch, classes) and `labels` (batch,); raises nothing of its own.
+
+        The formula of the class: Cohen et al., section 3.3, with m copies.
+        """
         return {"ce": cross_entropy(logits.log_softmax(-1), labels)}

@@ -35,10 +35,16 @@ class Macer(Loss):
     lbd: float = Field(ge=0, description="weight of the robustness term")
     beta: float = Field(16.0, gt=0, description="inverse temperature of the robustness term")
     gamma: float = Field(8.0, gt=0, description="margin of the hinge, on -xi", json_schema_extra=unit("2 radius / sigma"))
-    deferred: bool = Field(False, description="lbd = 0 until the first drop of the learning rate")
+    deferred: bool = Field(
+        False, description="lbd = 0 until the first drop of the learning rate: for the whole run if there are no schedule.drops"
+    )
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """`ce` and `robustness`, the latter multiplied by lbd * sigma/2 already (0 while it is deferred)."""
+        """`ce` and `robustness`, scalars, the latter multiplied by lbd * sigma/2 already (0 while it is deferred).
+
+        `ce` is in nats, `robustness` in the units of sigma times lbd. The two sums of Zhai et al., algorithm 1, each over B.
+        Raises nothing of its own; torch raises RuntimeError if there are fewer than two classes.
+        """
         logits, labels = step.noisy_logits, step.labels
         q_y = logits.softmax(-1).mean(0).gather(-1, labels.unsqueeze(-1))
         lbd = 0.0 if self.deferred and step.drops == 0 else self.lbd

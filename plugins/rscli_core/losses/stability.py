@@ -28,7 +28,10 @@ class Stability(Loss):
     lbd: float = Field(2.0, ge=0, description="weight of the stability term")
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """`ce` and `stability`, the latter multiplied by lbd already."""
+        """`ce` and `stability`, scalars in nats, the latter multiplied by lbd already; raises nothing of its own.
+
+        The two terms of the training objective of Li et al., each the mean over the batch.
+        """
         log_clean = step.clean_logits.log_softmax(-1)
         log_noisy = step.noisy_logits.log_softmax(-1)
         stability = -(log_clean.exp() * log_noisy.mean(0)).sum(-1).mean()
