@@ -25,6 +25,7 @@ from rscli.engine.progress import Silent
 from rscli.engine.protocol import protocol_path
 from rscli.engine.rows import Row, parse_row
 from rscli.engine.sampling import SamplingOptions
+from rscli.engine.score import Score, Tally
 from rscli.engine.seeds import block_generator
 from rscli.engine.train import TrainOptions, train
 from rscli.engine.writer import ResultWriter
@@ -193,6 +194,61 @@ def test_the_tally_is_that_of_the_rows(model, whole, tmp_path):
     assert tally.acr == pytest.approx(sum(row.radius * row.correct for row in read) / 20)
     assert tally.samples == 20 * (N0 + N)
     assert rows(out) == rows(whole)
+
+
+def five_rows() -> list[Row]:
+    """Three that are right, with radii 0.5, 0.5 and 1, a wrong one and an abstention."""
+    answers = [(0, 0.5), (0, 0.5), (0, 1.0), (1, 0.5), (ABSTAIN, 0.0)]
+    return [Row(idx, 0, predict, radius, predict == 0, 1.0) for idx, (predict, radius) in enumerate(answers)]
+
+
+@pytest.mark.parametrize(
+    ("radii", "at_radius", "lower_bound"),
+    [([], 0.0, False), ([0.0, 0.5, 1.0], 0.0, True), ([1.0, 0.5], 0.5, True)],
+    ids=["as-large-as-possible", "with-0", "without-0"],
+)
+def test_a_tally_says_what_its_figures_are_where_given_radii_were_decided(tmp_path, radii, at_radius, lower_bound):
+    out = tmp_path / "r.tsv"
+    tally = Score(five_rows()).tally(out, radii, 1234, 2.0)
+    assert tally == Tally(out, 5, 1, pytest.approx(0.6), at_radius, pytest.approx(0.4), lower_bound, 1234, 2.0)
+
+
+def test_the_tally_of_a_sequential_run_is_at_the_radius_that_was_asked_for(model, tmp_path):
+    out = tmp_path / "r.tsv"
+    sequential = {"name": "sequential", "n": N, "n0": N0, "alpha": ALPHA}
+    asked = replace(options(model, out, **TAKEN, labels=True, radii=(0.25,)), certifier=sequential)
+    tally = certify(asked, Silent())
+    read = [parse_row(line) for line in out.read_text().splitlines()[1:]]
+    certified = sum(row.radius == 0.25 for row in read)
+    assert 0 < certified < 20
+    assert (tally.at_radius, tally.lower_bound) == (0.25, True)
+    assert tally.certified_accuracy == pytest.approx(certified / 20)
+    assert tally.acr == pytest.approx(0.25 * certified / 20)
+
+
+@pytest.mark.parametrize(
+    ("at_radius", "lower_bound", "said"),
+    [
+        (0.0, False, "certified accuracy 66.67%, ACR 0.6667; "),
+        (0.0, True, "certified accuracy 66.67%, ACR ≥ 0.6666; "),
+        (0.125, True, "certified accuracy 66.67% (both at radius 0.125), ACR ≥ 0.6666; "),
+    ],
+    ids=["as-large-as-possible", "with-0", "without-0"],
+)
+def test_the_command_says_which_figures_are_bounds(monkeypatch, at_radius, lower_bound, said):
+    import typer
+    from typer.testing import CliRunner
+
+    from rscli.cli.certify import certify as body
+
+    tally = Tally(Path("r.tsv"), 3, 1, 2 / 3, at_radius, 2 / 3, lower_bound, 1234, 2.0)
+    monkeypatch.setattr("rscli.engine.certify.certify", lambda options, progress: tally)
+    app = typer.Typer()
+    app.command()(body)
+    answer = CliRunner().invoke(app, ["m.safetensors", "--json"])
+    assert answer.stderr == f"r.tsv: 3 images, 1 abstained, {said}1,234 samples in 2.0 s\n"
+    found = json.loads(answer.stdout)
+    assert (found["acr"], found["lower_bound"], found["at_radius"]) == (2 / 3, lower_bound, at_radius)
 
 
 # --- which images ---

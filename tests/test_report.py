@@ -21,7 +21,9 @@ from rscli.engine.results import read_results
 from rscli.engine.rows import Row
 from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError
+from rscli.report.groups import grouped
 from rscli.report.plot import curve, draw, save_plot
+from rscli.report.published import with_published
 from rscli.report.render import FORMATS, latex_text, print_tables, render
 from rscli.report.summary import compare
 from rscli.report.tables import radius_text, tables
@@ -272,7 +274,7 @@ def test_decided_radii_make_acr_a_lower_bound_that_is_rounded_down(tmp_path):
     comparison = compared(write(tmp_path / "a.tsv", rows, radii=[0.5, 0.7]), radii=(0.25, 0.5))
     assert comparison.summaries[0].lower_bound
     assert tables(comparison)[0].rows[0][1].text == "≥ 0.3333"
-    assert "a did not decide the radius 0.25" in comparison.notes[0]
+    assert "a did not decide the radius 0.0, 0.25: its certified accuracy there is a lower bound" in comparison.notes[0]
     rows = [(0, 0, 0, 0.5), (1, 0, 0, 0.5), (2, 0, 0, 1.0)]
     comparison = compared(write(tmp_path / "b.tsv", rows, radii=[0.5, 1.0]))
     assert comparison.radii == (0.0, 0.5, 1.0)
@@ -282,6 +284,165 @@ def test_decided_radii_make_acr_a_lower_bound_that_is_rounded_down(tmp_path):
 def test_radii_that_the_certifier_did_not_heed_do_not_count(tmp_path):
     comparison = compared(write(tmp_path / "a.tsv"), write(tmp_path / "b.tsv", B, radii=[0.5, 1.0]))
     assert not comparison.summaries[1].lower_bound
+
+
+# --- lower bounds ---
+
+
+ASKED = [(0, 0, 0, 0.5), (1, 0, 0, 1.0), (2, 0, -1, 0.0)]
+"""Of three images, two are certified at 0.5 and one at 1; of the third, nobody knows whether it is right at 0."""
+
+
+def cells(table) -> dict[str, str]:
+    """The first row of a table, by column."""
+    return dict(zip(table.header, (cell.text for cell in table.rows[0]), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "at_0", "abstained", "notes"),
+    [
+        (
+            [0.5, 1.0],
+            "≥ 66.6",
+            "≤ 1 (33.4 %)",
+            (
+                "a did not decide the radius 0.0: its certified accuracy there is a lower bound, "
+                "and its abstentions are an upper bound",
+            ),
+        ),
+        ([0.0, 0.5, 1.0], "66.7", "1 (33.3 %)", ()),
+    ],
+    ids=["not-asked", "asked"],
+)
+def test_radius_0_is_a_lower_bound_unless_it_was_asked_for(tmp_path, asked, at_0, abstained, notes):
+    comparison = compared(write(tmp_path / "a.tsv", ASKED, radii=asked))
+    accuracy, protocol = tables(comparison)
+    assert cells(accuracy) == {"model": "a", "ACR": "≥ 0.5000", "0.00": at_0, "0.50": "66.7", "1.00": "33.3"}
+    assert cells(protocol)["abstained"] == abstained
+    assert comparison.notes == notes
+    bounds = [bool(notes), False, False]
+    (result,) = json.loads(render(comparison, "json"))["results"]
+    assert [point["lower_bound"] for point in result["points"]] == bounds
+    assert (result["lower_bound"], result["abstained_upper_bound"]) == (True, bool(notes))
+    lines = list(csv.DictReader(io.StringIO(render(comparison, "csv"))))
+    assert [line["accuracy_lower_bound"] for line in lines] == list(map(str, bounds))
+    assert [(line["lower_bound"], line["abstained_upper_bound"]) for line in lines] == [("True", str(bool(notes)))] * 3
+
+
+def test_every_table_for_people_marks_the_bound(tmp_path):
+    comparison = compared(write(tmp_path / "a.tsv", ASKED, radii=[0.5, 1.0]))
+    for form, marked in {"table": "≥ 66.6", "markdown": "≥ 66.6", "latex": r"$\ge$ 66.6"}.items():
+        text = " ".join(render(comparison, form).split())
+        assert marked in text
+        assert "marks a lower bound" in text
+
+
+def test_only_radii_that_both_decided_are_tested(tmp_path):
+    """Three images against none: p = 2 / 2^3. A second test, of a radius that nobody decided, would double it."""
+    first = write(tmp_path / "a.tsv", [(i, 0, -1, 0.0) for i in range(3)], radii=[0.5])
+    second = write(tmp_path / "b.tsv", [(i, 0, 0, 0.5) for i in range(3)], radii=[0.5])
+    comparison = compared(first, second)
+    (test,) = comparison.differences[0].tests
+    assert (test.radius, test.only_first, test.only_second, test.adjusted) == (0.5, 3, 0, 0.25)
+    assert cells(tables(comparison)[1]) == {"model": "b", "ACR": "+0.5000", "0.00": "–", "0.50": "+100.0"}
+    lines = list(csv.DictReader(io.StringIO(render(comparison, "csv"))))
+    assert [(line["name"], line["radius"], line["p_adjusted"]) for line in lines[2:]] == [
+        ("b", "0.0", ""),
+        ("b", "0.5", "0.25"),
+    ]
+
+
+def test_given_radii_beside_all_radii(tmp_path):
+    paths = write(tmp_path / "a.tsv", ASKED), write(tmp_path / "b.tsv", ASKED, radii=[0.5, 1.0])
+    comparison = compared(*paths, allow_different=True, radii=(0.25, 0.5))
+    assert [[point.lower_bound for point in s.points] for s in comparison.summaries] == [[False] * 3, [True, True, False]]
+    assert [test.radius for test in comparison.differences[0].tests] == [0.5]
+    assert compared(*paths, allow_different=True, radii=(0.25,)).differences[0].tests == ()
+
+
+def test_a_mean_of_lower_bounds_is_one(tmp_path):
+    """At 0.5, each is right on 1/3 of the images; at 0.75 the mean of 1/3 and 0, 16.67 %, is rounded down."""
+    rows = [[(0, 0, 0, radius), (1, 0, -1, 0.0), (2, 0, 1, 1.0)] for radius in (1.0, 0.5)]
+    infos = [{"train_seed": seed} for seed in (0, 1)]
+    paths = [write(tmp_path / f"s{i}.tsv", rows[i], radii=[0.5, 1.0], info=infos[i]) for i in (0, 1)]
+    comparison = grouped(compared(*paths, radii=(0.5, 0.75)))
+    (group,) = comparison.groups
+    assert [point.lower_bound for point in group.points] == [True, False, True]
+    assert cells(tables(comparison)[1])["0.75"] == "≥ 16.6"
+    assert cells(tables(comparison)[1])["0.50"] == "33.3"
+    lines = list(csv.DictReader(io.StringIO(render(comparison, "csv"))))
+    assert [line["accuracy_lower_bound"] for line in lines[-3:]] == ["True", "False", "True"]
+
+
+def test_beside_a_published_figure_the_difference_is_a_bound_too(tmp_path):
+    """All of the first 500 are right with 1.0. Published: ACR 1.6069, and 99.12 and 91.36 % at 0 and 1."""
+    loss = {"name": "consistency", "m": 2, "lbd": 5.0, "eta": 0.5, "form": "default"}
+    about = {"dataset": "mnist", "n": 100_000, "info": {"arch": {"name": "lenet"}, "loss": loss}}
+    comparison = with_published(compared(write(tmp_path / "a.tsv", [(i, 7, 7, 1.0) for i in range(500)], radii=[1.0], **about)))
+    figures, accuracies = tables(comparison)[1:3]
+    assert cells(figures)["difference"] == "≥ −0.6069"
+    assert [(cell.text, cell.detail) for cell in accuracies.rows[0][1:]] == [("99.1", "≥ +0.8"), ("91.4", "+8.6")]
+    (found,) = json.loads(render(comparison, "json"))["published"]
+    assert [point["lower_bound"] for point in found["points"]] == [True, False]
+
+
+def test_a_plot_says_that_between_given_radii_it_shows_a_bound(tmp_path):
+    def said(**protocol) -> str:
+        path = write(tmp_path / f"{len(protocol)}.tsv", ASKED, **protocol)
+        return " ".join(text.get_text() for text in draw(compared(path)).axes[0].texts)
+
+    assert "the curve is a lower bound" in said(radii=[0.5, 1.0])
+    assert "bound" not in said()
+
+
+# --- settings of certifiers ---
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "ours", "theirs", "decisive"),
+    [
+        ("two-stage", "loss", 0.05, 0.5, True),
+        ("two-sided", "share", 0.9, 0.5, True),
+        ("sequential", "early", 0.2, 0.0, True),
+        ("sequential", "give_up", 0.001, 0.5, False),
+        ("cohen", "early_abstain", False, True, False),
+        ("cohen", "package", "rscli", "another", False),
+        ("of-another-package", "loss", 1, 2, False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_settings_of_one_certifier_that_differ(tmp_path, name, key, ours, theirs, decisive):
+    paths = [write(tmp_path / f"{i}.tsv", certifier={"name": name, key: x}) for i, x in (("a", ours), ("b", theirs))]
+    said = f"{key} of {name}: {ours} (a); {theirs} (b)"
+    if not decisive:
+        assert compared(*paths).notes == (said,)
+        return
+    with pytest.raises(InputError) as caught:
+        compared(*paths)
+    assert said in caught.value.message
+    assert compared(*paths, allow_different=True).notes == (f"figures are not comparable: {said}",)
+
+
+def test_settings_that_an_older_protocol_lacks_are_unknown(tmp_path):
+    sections = [{"name": "two-stage"}, {"name": "two-stage", "loss": 0.05}]
+    assert compared(*[write(tmp_path / f"{i}.tsv", certifier=one) for i, one in enumerate(sections)]).notes == ()
+
+
+def test_settings_are_compared_among_runs_of_one_certifier(tmp_path):
+    sections = [{"name": "mine", "loss": 0.1}, {"name": "two-stage", "loss": 0.2}, {"name": "two-stage", "loss": 0.3}]
+    paths = [write(tmp_path / f"{i}.tsv", certifier=one) for i, one in enumerate(sections)]
+    assert compared(*paths[:2]).notes == ("certifier: mine (0); two-stage (1)",)
+    with pytest.raises(InputError) as caught:
+        compared(*paths)
+    assert caught.value.message.splitlines()[1:] == ["  loss of two-stage: 0.2 (1); 0.3 (2)"]
+
+
+def test_what_a_protocol_tells_of_the_certifier_twice_is_compared_once(tmp_path):
+    paths = [write(tmp_path / f"{n}.tsv", n=n, certifier={"name": "cohen", "n": n, "n0": n, "alpha": 0.1}) for n in (10, 20)]
+    assert compared(*paths, allow_different=True).notes == ("figures are not comparable: n: 10 (10); 20 (20)",)
+
+
+# --- names ---
 
 
 def test_names_come_from_the_folders_that_tell_runs_apart(tmp_path):
@@ -317,6 +478,7 @@ def test_json_parses_back_to_every_figure(pair):
         "accuracy": 0.6,
         "low": comparison.summaries[1].points[1].low,
         "high": comparison.summaries[1].points[1].high,
+        "lower_bound": False,
     }
     assert found["differences"][0]["acr"]["low"] == comparison.differences[0].acr.low
     assert found["differences"][0]["tests"][1]["adjusted"] == comparison.differences[0].tests[1].adjusted

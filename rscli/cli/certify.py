@@ -22,7 +22,12 @@ def certify(
     alpha: Annotated[float, typer.Option("--alpha", help="Probability that a certificate is wrong, at most.")] = 0.001,
     certifier: Annotated[str, typer.Option("--certifier", help="See `rscli plugins`.")] = "cohen",
     radii: Annotated[
-        str | None, typer.Option("--radii", help="Radii to decide, as 0.25,0.5 (certifiers that ask for them).")
+        str | None,
+        typer.Option(
+            "--radii",
+            help="Radii to decide, as 0.25,0.5 (certifiers that ask for them).  "
+            "[default: 0, 0.25, ... as far as n samples can prove]",
+        ),
     ] = None,
     split: Annotated[str, typer.Option("--split", help="Which images.")] = "test",
     start: Annotated[int, typer.Option("--start", min=0, help="Index of the first image.")] = 0,
@@ -34,7 +39,7 @@ def certify(
         str | None, typer.Option("--shard", metavar="K/N", help="Certify the K-th of N parts (job arrays); see above.")
     ] = None,
     labels: Annotated[
-        bool, typer.Option("--labels", help="Test each image's label, without selection samples: certified accuracy only.")
+        bool, typer.Option("--labels", help="Test each image's label, not a class chosen first: certified accuracy only.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Result file.  [default: results.tsv beside the model]")] = None,
     resume: opt.Resume = False,
@@ -60,7 +65,9 @@ def certify(
     compile: Annotated[
         bool | None,
         typer.Option(
-            "--compile/--no-compile", help="torch.compile (CUDA graphs on a GPU).  [default: tried in runs of over 10 minutes]"
+            "--compile/--no-compile",
+            help="torch.compile (CUDA graphs on a GPU).  "
+            "[default: tried where a trial foresees over 10 minutes; not for sequential, bf16, --no-autotune]",
         ),
     ] = None,
     json: opt.Json = False,
@@ -88,6 +95,7 @@ def certify(
     from rscli.engine.certify import CertifyOptions
     from rscli.engine.certify import certify as run
     from rscli.engine.sampling import SamplingOptions
+    from rscli.report.tables import acr_text
 
     path = model_path(model)
     settings = _settings(sets or [])
@@ -114,9 +122,10 @@ def certify(
         ),
         progress,
     )
+    at = f" (both at radius {tally.at_radius!r})" if tally.at_radius else ""
     progress.note(
         f"{tally.out}: {tally.images} images, {tally.abstained} abstained, "
-        f"certified accuracy {100 * tally.certified_accuracy:.2f}%, ACR {tally.acr:.4f}; "
+        f"certified accuracy {100 * tally.certified_accuracy:.2f}%{at}, ACR {acr_text(tally)}; "
         f"{tally.samples:,} samples in {tally.seconds:.1f} s"
     )
     if json and first:

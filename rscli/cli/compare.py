@@ -35,7 +35,7 @@ def compare(
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the curves to a .png, .svg or .pdf.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the tables to a file instead of stdout.")] = None,
     allow_different: Annotated[
-        bool, typer.Option("--allow-different", help="Compare although n, alpha or decided radii differ.")
+        bool, typer.Option("--allow-different", help="Compare although n, alpha, the radii decided or the like differ.")
     ] = False,
     published: Annotated[
         bool, typer.Option("--published", help="Put the nearest published row of the same kind beside each result.")
@@ -45,8 +45,9 @@ def compare(
     """Compare results: ACR and certified accuracy with intervals, and paired tests against the first.
 
     Reads our result files and those that the field's other tools write. Only the images that all results have count; results
-    under different n or alpha are refused. Runs that differ only in their training seed are also shown as mean and standard
-    deviation; and --published says how far each result is from the papers' figures, and whether that is within the errors.
+    under different n, alpha or the like are refused. Runs that differ only in their training seed are also shown as mean and
+    standard deviation; and --published says how far each result is from the papers' figures, and whether that is within the
+    errors.
 
     Examples:
 

@@ -160,7 +160,8 @@ class _Run:
             self.score = Score(self.writer.rows)
             samples = self.ranks.add("samples", 0)
         self.ranks.leave(self.stop)
-        return self.score.tally(self.writer.path, samples, time.monotonic() - self.start)
+        seconds = time.monotonic() - self.start
+        return self.score.tally(self.writer.path, self.images.radii.values(), samples, seconds)
 
     def _inquire(self, index: int) -> Inquiry:
         self.opened += 1

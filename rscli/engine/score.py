@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,19 @@ from rscli.engine.rows import Row
 
 @dataclass(frozen=True)
 class Tally:
-    """What a run of certification came to, over all rows of its file."""
+    """What a run of certification came to, over all rows of its file.
+
+    Where given radii were decided, `acr` is a `lower_bound`. `abstained` and `certified_accuracy` are at `at_radius`: the
+    smallest radius that was decided, else 0.
+    """
 
     out: Path
     images: int
     abstained: int
     certified_accuracy: float
+    at_radius: float
     acr: float
+    lower_bound: bool
     samples: int
     seconds: float
 
@@ -40,11 +46,21 @@ class Score:
         self.radius += row.radius if row.correct else 0.0
 
     def figures(self, speed: float) -> dict[str, str]:
-        """For the eye: abstentions, certified accuracy at radius 0, and samples a second."""
+        """For the eye: abstentions, certified accuracy at the smallest radius that is decided, and samples a second."""
         accuracy = f"{100 * self.correct / self.images:.1f}%" if self.images else "-"
         return {"abstained": str(self.abstained), "certified": accuracy, "samples/s": f"{speed:.0f}"}
 
-    def tally(self, out: Path, samples: int, seconds: float) -> Tally:
-        """The figures at the end."""
+    def tally(self, out: Path, radii: Collection[float], samples: int, seconds: float) -> Tally:
+        """The figures at the end, of the result `out`, for which `radii` were decided (none: as large ones as possible)."""
         images = max(self.images, 1)
-        return Tally(out, self.images, self.abstained, self.correct / images, self.radius / images, samples, seconds)
+        return Tally(
+            out=out,
+            images=self.images,
+            abstained=self.abstained,
+            certified_accuracy=self.correct / images,
+            at_radius=min(radii, default=0.0),
+            acr=self.radius / images,
+            lower_bound=bool(radii),
+            samples=samples,
+            seconds=seconds,
+        )

@@ -22,12 +22,28 @@ def grid(run: Results) -> tuple[float, ...]:
 
     Radii may be recorded although the certifier paid no heed to them: then some row has another one.
     """
-    protocol: dict[str, Any] = run.protocol or {}
-    radii = tuple(protocol.get("radii") or (protocol.get("certifier") or {}).get("radii") or ())
+    radii = tuple((run.protocol or {}).get("radii") or _certifier(run).get("radii") or ())
     return radii if np.isin(run.radius, (0.0, *radii)).all() else ()
 
 
-def _at(key: str) -> Callable[[Results], Any]:
+def undecided(run: Results, radii: Sequence[float]) -> tuple[float, ...]:
+    """Those of `radii` that the certifier of `run` was not asked for: what it certified there is a lower bound, also at 0."""
+    decided = grid(run)
+    return tuple(radius for radius in radii if decided and radius not in decided)
+
+
+def _certifier(run: Results) -> dict[str, Any]:
+    return (run.protocol or {}).get("certifier") or {}
+
+
+Reader = Callable[[Results], Any]
+"""Reads from a protocol what is to be compared."""
+
+UNKNOWN = object()
+"""What a `Reader` gives of a run that is not to be compared in this."""
+
+
+def _at(key: str) -> Reader:
     """Reads the protocol at a dotted `key`; None where there is nothing, or False."""
 
     def read(run: Results) -> Any:
@@ -39,7 +55,7 @@ def _at(key: str) -> Callable[[Results], Any]:
     return read
 
 
-DECISIVE: dict[str, Callable[[Results], Any]] = {
+DECISIVE: dict[str, Reader] = {
     "n": _at("n"),
     "alpha": _at("alpha"),
     "radii decided": lambda run: grid(run) or "as large as possible",
@@ -49,7 +65,7 @@ DECISIVE: dict[str, Callable[[Results], Any]] = {
 """What must be the same in all protocols. n and alpha bound the radius that can be certified; a certifier that decides given
 radii certifies none in between; a test of the label's own class needs no selection; two noises may have two norms."""
 
-WORTH_A_NOTE: dict[str, Callable[[Results], Any]] = {
+WORTH_A_NOTE: dict[str, Reader] = {
     "certifier": _at("certifier.name"),
     "precision": _at("precision"),
     "data set": _at("dataset"),
@@ -57,6 +73,27 @@ WORTH_A_NOTE: dict[str, Callable[[Results], Any]] = {
     "fingerprint of the images": _at("data_sha256"),
 }
 """What may differ, but should not go unnoticed."""
+
+DECISIVE_SETTINGS = {("sequential", "early"), ("two-sided", "share"), ("two-stage", "loss")}
+"""Settings of certifiers that are decisive: like alpha, they bound the radius. The first two are how alpha is divided, the last
+is how much of a radius may be given away for fewer samples. Any other setting that differs is worth a note."""
+
+ELSEWHERE = {"name", "n", "n0", "alpha", "radii"}
+"""What a protocol tells of the certifier and also by itself."""
+
+
+def _settings(runs: Sequence[Results], *, decisive: bool) -> dict[str, Reader]:
+    """What to compare of the certifiers' own settings, each among the runs of one certifier whose protocols tell it."""
+    told = [(certifier.get("name"), key) for certifier in map(_certifier, runs) for key in certifier if key not in ELSEWHERE]
+    return {f"{key} of {name}": _setting(name, key) for name, key in told if ((name, key) in DECISIVE_SETTINGS) == decisive}
+
+
+def _setting(name: str | None, key: str) -> Reader:
+    def read(run: Results) -> Any:
+        certifier = _certifier(run)
+        return certifier.get(key, UNKNOWN) if certifier.get("name") == name else UNKNOWN
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -71,12 +108,12 @@ def align(runs: Sequence[Results], *, names: Sequence[str] = (), allow_different
     """The images that all `runs` have, in increasing order of their index, named by `names` or by their paths.
 
     Raises `InputError` if there is no common image, an image has two labels, names are wrong, or the protocols differ in
-    what figures depend on (`DECISIVE`); with `allow_different` the latter becomes a note.
+    what figures depend on (`DECISIVE`, `DECISIVE_SETTINGS`); with `allow_different` the latter becomes a note.
     """
     named = _named(runs, names)
     notes = [note for run in named for note in run.notes]
     notes += _decisive(named, allow_different)
-    notes += _unequal(named, WORTH_A_NOTE)
+    notes += _unequal(named, {**WORTH_A_NOTE, **_settings(named, decisive=False)})
     notes += _foreign(named)
     common = reduce(np.intersect1d, [run.idx for run in named])
     if not common.size:
@@ -115,7 +152,7 @@ def _described(path: Path) -> tuple[str, ...]:
 
 
 def _decisive(runs: Sequence[Results], allowed: bool) -> list[str]:
-    texts = _unequal(runs, DECISIVE)
+    texts = _unequal(runs, {**DECISIVE, **_settings(runs, decisive=True)})
     if texts and not allowed:
         raise InputError(
             "the results do not rest on the same protocol:\n" + "\n".join(f"  {text}" for text in texts),
@@ -125,16 +162,16 @@ def _decisive(runs: Sequence[Results], allowed: bool) -> list[str]:
     return [f"figures are not comparable: {text}" for text in texts]
 
 
-def _unequal(runs: Sequence[Results], aspects: dict[str, Callable[[Results], Any]]) -> list[str]:
+def _unequal(runs: Sequence[Results], aspects: dict[str, Reader]) -> list[str]:
     """For each of `aspects` in which the runs with a protocol differ: who has which value."""
     texts = []
     for title, read in aspects.items():
         found: dict[str, list[str]] = {}
         for run in runs:
-            if run.protocol is not None:
-                found.setdefault(str(read(run)), []).append(run.name)
+            if run.protocol is not None and (value := read(run)) is not UNKNOWN:
+                found.setdefault(str(value), []).append(run.name)
         if len(found) > 1:
-            texts.append(f"{title}: " + "; ".join(f"{value} ({', '.join(names)})" for value, names in found.items()))
+            texts.append(f"{title}: " + "; ".join(f"{text} ({', '.join(names)})" for text, names in found.items()))
     return texts
 
 

@@ -17,22 +17,27 @@ RHO = 0.001
 
 @dataclass(frozen=True)
 class Point:
-    """Certified accuracy at one radius: `count` images are right with at least this radius; its share, and an interval."""
+    """Certified accuracy at one radius: `count` images are right with at least this radius; its share, and an interval.
+
+    All of these are of a `lower_bound` if the certifier decided given radii, and not this one.
+    """
 
     radius: float
     count: int
     accuracy: float
     low: float
     high: float
+    lower_bound: bool
 
 
 @dataclass(frozen=True)
 class Summary:
     """The figures of one run. What its file does not tell is None.
 
-    `acr` is a `lower_bound` if the certifier decided given radii only. `largest` is the largest radius certified for a right
-    answer, `seconds` the sum of the times of all images, `may_be_wrong` how many of all certificates may be wrong, at
-    confidence 1 - RHO.
+    `acr` is a `lower_bound` if the certifier decided given radii only. If 0 is none of them, `abstained` counts the images
+    without a certificate at the smallest, which is an upper bound (`abstained_upper_bound`). `largest` is the largest radius
+    certified for a right answer, `seconds` the sum of the times of all images, `may_be_wrong` how many of all certificates may
+    be wrong, at confidence 1 - RHO.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Summary:
     largest: float
     points: tuple[Point, ...]
     abstained: int
+    abstained_upper_bound: bool
     saturated: int | None
     samples: int | None
     seconds: float
@@ -56,7 +62,8 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """A run minus the `baseline`, image by image: ACR, and one test a radius (its "first" is the run, "second" the baseline).
+    """A run minus the `baseline`, image by image: ACR (of lower bounds, where they are), and one test for each radius that both
+    decided (its "first" is the run, "second" the baseline).
 
     p-values are adjusted over the radii of this pair; several runs against one baseline are not adjusted for each other.
     """
@@ -69,11 +76,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class GroupPoint:
-    """Certified accuracy at one radius: mean and sample standard deviation over the seeds."""
+    """Certified accuracy at one radius: mean and sample standard deviation over the seeds; a `lower_bound` as in a `Point`."""
 
     radius: float
     accuracy: float
     accuracy_sd: float
+    lower_bound: bool
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,15 @@ class Group:
 
 @dataclass(frozen=True)
 class PublishedPoint:
-    """At one radius: the certified accuracy that was published, and ours minus it. Both are on the images of their own."""
+    """At one radius: the certified accuracy that was published, and ours minus it. Both are on the images of their own.
+
+    The difference is a `lower_bound` if ours is, as in a `Point`.
+    """
 
     radius: float
     accuracy: float
     difference: float
+    lower_bound: bool
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class Beside:
 
     `settings` and `protocol` say where ours and theirs differ. Of our `images`, `shared` are among those of the row.
     `acr` is ours, a `lower_bound` as in a `Summary`; `difference` is ours minus theirs (which the tables cut off after four
-    digits). Two errors are in it, each as a standard deviation:
+    digits), then a lower bound too. Two errors are in it, each as a standard deviation:
 
     - `spread`, over training seeds: the variance of one run, pooled from the seeds on both sides, times 1/(our seeds) +
       1/(their seeds); None where neither side has two seeds.

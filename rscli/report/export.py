@@ -8,7 +8,8 @@ from dataclasses import asdict
 from io import StringIO
 from typing import Any
 
-from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, Summary
+from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
+from rscli.stats import paired
 
 SCHEMA = 1
 """Rises when a column or key is renamed, removed, or changes its meaning."""
@@ -59,26 +60,39 @@ def _lines(summary: Summary, difference: Difference | None) -> list[dict[str, An
         "acr_difference_low": difference and difference.acr.low,
         "acr_difference_high": difference and difference.acr.high,
     }
-    tests = difference.tests if difference else [None] * len(summary.points)
+    tests = {test.radius: test for test in difference.tests} if difference else {}
     return [
         {
             **run,
-            **asdict(point),
-            "only_this": test and test.only_first,
-            "only_baseline": test and test.only_second,
-            "p_value": test and test.p_value,
-            "p_adjusted": test and test.adjusted,
+            **_point(point),
+            **_test(tests.get(point.radius)),
             "seeds": 1,
             "acr_sd": None,
             "accuracy_sd": None,
         }
-        for point, test in zip(summary.points, tests, strict=True)
+        for point in summary.points
     ]
+
+
+def _point(point: Point | GroupPoint) -> dict[str, Any]:
+    """Its columns: beside those of a run, `lower_bound` needs another name."""
+    columns = asdict(point)
+    columns["accuracy_lower_bound"] = columns.pop("lower_bound")
+    return columns
+
+
+def _test(test: paired.RadiusTest | None) -> dict[str, Any]:
+    return {
+        "only_this": test and test.only_first,
+        "only_baseline": test and test.only_second,
+        "p_value": test and test.p_value,
+        "p_adjusted": test and test.adjusted,
+    }
 
 
 def _group_lines(group: Group) -> list[dict[str, Any]]:
     run = {"name": group.name, "acr": group.acr, "acr_sd": group.acr_sd, "lower_bound": group.lower_bound}
-    return [{**run, "seeds": len(group.seeds), **asdict(point)} for point in group.points]
+    return [{**run, "seeds": len(group.seeds), **_point(point)} for point in group.points]
 
 
 def _published(beside: Beside | None, radius: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from rscli.engine.results import Results
-from rscli.report.comparison import Comparison, Group, GroupPoint, Summary
+from rscli.report.comparison import Comparison, Group, GroupPoint, Point, Summary
 from rscli.stats import metrics
 
 TRAINING = ("data", "arch", "loss", "attack", "config")
@@ -67,8 +67,13 @@ def _group(name: str, runs: Sequence[Results], summaries: Sequence[Summary]) -> 
         acr=acr,
         acr_sd=acr_sd,
         lower_bound=any(summary.lower_bound for summary in summaries),
-        points=tuple(GroupPoint(same[0].radius, *_mean_sd([point.accuracy for point in same])) for same in points),
+        points=tuple(map(_point, points)),
     )
+
+
+def _point(same: Sequence[Point]) -> GroupPoint:
+    mean, sd = _mean_sd([point.accuracy for point in same])
+    return GroupPoint(same[0].radius, mean, sd, any(point.lower_bound for point in same))
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rscli.config.published import PublishedRow
 from rscli.engine.results import Results
-from rscli.report.align import grid
+from rscli.report.align import grid, undecided
 from rscli.report.comparison import Beside, Comparison, PublishedPoint
 from rscli.report.recipe import Recipe, recipe, setting_differences
 from rscli.report.shelf import Shelf, read_shelf, row_images, variance_share
@@ -60,6 +60,7 @@ def _beside(
     radius = np.mean([run.radius * run.correct for run in runs], axis=0)  # of each image, over the seeds
     acrs = [metrics.acr(run.radius, run.correct) for run in runs]
     accuracy = np.mean([metrics.certified_accuracy(run.radius, run.correct, radii) for run in runs], axis=0)
+    bounded = {at for run in runs for at in undecided(run, radii)}
     images, shared = radius.size, int(np.isin(runs[0].idx, row_images(row)).sum())
     acr, spread = metrics.mean_sd(acrs)[0], _spread(acrs, row)
     difference = acr - row.acr
@@ -83,7 +84,7 @@ def _beside(
         margin=margin,
         within=None if protocol else within,
         points=tuple(
-            PublishedPoint(at, row.certified[at], ours - row.certified[at])
+            PublishedPoint(at, row.certified[at], ours - row.certified[at], at in bounded)
             for at, ours in zip(radii, accuracy.tolist(), strict=True)
             if at in row.certified
         ),

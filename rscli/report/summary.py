@@ -8,7 +8,7 @@ import numpy as np
 
 from rscli.api import ABSTAIN
 from rscli.engine.results import Results
-from rscli.report.align import align, grid
+from rscli.report.align import align, grid, undecided
 from rscli.report.comparison import LEVEL, RHO, Comparison, Difference, Point, Summary
 from rscli.stats import metrics, paired
 
@@ -22,7 +22,8 @@ def compare(
     """Aligns `results` and summarises each; every further run is compared with the first, on the images that all have.
 
     `radii` are increasing and >= 0; 0 is always added. Without them: those that the certifier was asked for, or every 0.25
-    up to the largest radius that any run certifies. Raises `InputError` for results that do not fit together (see `align`).
+    up to the largest radius that any run certifies. What a certifier was not asked for, 0 included, is a lower bound, is said
+    to be one, and is not tested. Raises `InputError` for results that do not fit together (see `align`).
     """
     aligned = align(results, names=names, allow_different=allow_different)
     first, *others = aligned.runs
@@ -55,6 +56,7 @@ def summarise(run: Results, radii: Sequence[float]) -> Summary:
         largest=float(run.radius.max(initial=0, where=run.correct)),
         points=tuple(_points(run, radii)),
         abstained=int((run.predict == ABSTAIN).sum()),
+        abstained_upper_bound=bool(undecided(run, [0.0])),
         saturated=None if run.saturated is None else int(run.saturated.sum()),
         samples=samples,
         seconds=float(run.seconds.sum()),
@@ -63,11 +65,11 @@ def summarise(run: Results, radii: Sequence[float]) -> Summary:
 
 
 def _points(run: Results, radii: Sequence[float]) -> list[Point]:
-    images = run.idx.size
+    images, bounded = run.idx.size, undecided(run, radii)
     shares = metrics.certified_accuracy(run.radius, run.correct, radii)
     counts = [round(share * images) for share in shares.tolist()]
     return [
-        Point(radius, count, count / images, *metrics.certified_interval(count, images, LEVEL))
+        Point(radius, count, count / images, *metrics.certified_interval(count, images, LEVEL), lower_bound=radius in bounded)
         for radius, count in zip(radii, counts, strict=True)
     ]
 
@@ -84,18 +86,19 @@ def _between(runs: Sequence[Results], radii: Sequence[float]) -> list[str]:
     """A note for each run whose certifier was not asked for some of the radii shown."""
     notes = []
     for run in runs:
-        unasked = [radius for radius in radii if grid(run) and radius not in (0, *grid(run))]
-        if unasked:
+        if unasked := undecided(run, radii):
             text = ", ".join(map(repr, unasked))
-            notes.append(f"{run.name} did not decide the radius {text}: its certified accuracy there is a lower bound")
+            more = ", and its abstentions are an upper bound" if 0 in unasked else ""
+            notes.append(f"{run.name} did not decide the radius {text}: its certified accuracy there is a lower bound{more}")
     return notes
 
 
 def _difference(run: Results, baseline: Results, radii: Sequence[float]) -> Difference:
+    bounded = {*undecided(run, radii), *undecided(baseline, radii)}
     columns = (run.radius, run.correct, baseline.radius, baseline.correct)
     return Difference(
         name=run.name,
         baseline=baseline.name,
         acr=paired.compare_acr(*columns, level=LEVEL),
-        tests=tuple(paired.compare_radii(*columns, radii)),
+        tests=tuple(paired.compare_radii(*columns, [radius for radius in radii if radius not in bounded])),
     )

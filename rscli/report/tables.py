@@ -1,19 +1,22 @@
 """The tables of a comparison, as cells of text that know nothing of terminals, Markdown or LaTeX.
 
-Certified accuracies, ACR and intervals are estimates and are rounded to the nearest; radii, and an ACR that is a lower bound,
-are rounded down.
+Certified accuracies, ACR and intervals are estimates and are rounded to the nearest; radii, and whatever is a lower bound, are
+rounded down.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, Point, Summary
+from rscli.engine.score import Tally
+from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
 from rscli.stats import metrics, paired
 
 UNKNOWN = "–"
 _PERCENT = f"{100 * LEVEL:g} %"
+_BOUND = " ≥ marks a lower bound: only given radii were decided."
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def radius_text(radius: float) -> str:
     return f"{radius:.2f}" if round(radius, 2) == radius else repr(radius)
 
 
-def acr_text(summary: Summary | Group | Beside) -> str:
+def acr_text(summary: Summary | Group | Beside | Tally) -> str:
     """ACR with four digits; a lower bound is marked, and rounded down."""
     return f"≥ {metrics.round_down(summary.acr, 4):.4f}" if summary.lower_bound else f"{summary.acr:.4f}"
 
@@ -63,8 +66,6 @@ def acr_text(summary: Summary | Group | Beside) -> str:
 def _accuracy(comparison: Comparison) -> Table:
     digits = _digits(comparison)
     caption = f"± is the longer side of the {_PERCENT} Clopper-Pearson interval, for the choice of the test images."
-    if any(summary.lower_bound for summary in comparison.summaries):
-        caption += " ≥ marks a lower bound: only given radii were decided."
     return Table(
         title=f"Certified accuracy (%) by radius, {comparison.summaries[0].images:,} images",
         header=("model", "ACR", *map(radius_text, comparison.radii)),
@@ -72,9 +73,14 @@ def _accuracy(comparison: Comparison) -> Table:
             (Cell(summary.name), Cell(acr_text(summary)), *(_point(point, digits) for point in summary.points))
             for summary in comparison.summaries
         ),
-        caption=caption,
+        caption=caption + _BOUND * _bounded(comparison),
         fixed=2,
     )
+
+
+def _bounded(comparison: Comparison) -> bool:
+    """Whether a figure is marked as a lower bound."""
+    return any(summary.lower_bound for summary in comparison.summaries)
 
 
 def _digits(comparison: Comparison) -> int:
@@ -84,14 +90,21 @@ def _digits(comparison: Comparison) -> int:
 
 def _point(point: Point, digits: int) -> Cell:
     side = max(point.high - point.accuracy, point.accuracy - point.low)
-    return Cell(f"{100 * point.accuracy:.{digits}f}", f"±{100 * side:.{digits}f}")
+    return Cell(_accuracy_text(point, digits), f"±{100 * side:.{digits}f}")
+
+
+def _accuracy_text(point: Point | GroupPoint, digits: int) -> str:
+    """In percent; a lower bound is marked, and rounded down."""
+    if not point.lower_bound:
+        return f"{100 * point.accuracy:.{digits}f}"
+    return f"≥ {100 * metrics.round_down(point.accuracy, digits + 2):.{digits}f}"
 
 
 def _groups(comparison: Comparison) -> Table:
     digits = _digits(comparison)
 
     def row(group: Group) -> tuple[Cell, ...]:
-        accuracies = (Cell(f"{100 * p.accuracy:.{digits}f}", f"±{100 * p.accuracy_sd:.{digits}f}") for p in group.points)
+        accuracies = (Cell(_accuracy_text(p, digits), f"±{100 * p.accuracy_sd:.{digits}f}") for p in group.points)
         seeds = Cell(f"{len(group.seeds)}", f"({', '.join(map(str, group.seeds))})")
         return (Cell(group.name), seeds, Cell(acr_text(group), f"±{group.acr_sd:.4f}"), *accuracies)
 
@@ -100,29 +113,34 @@ def _groups(comparison: Comparison) -> Table:
         header=("model", "seeds", "ACR", *map(radius_text, comparison.radii)),
         rows=tuple(row(group) for group in comparison.groups),
         caption="± is the standard deviation over the seeds (divided by one less). All are on the same images, so their choice "
-        "is not in it.",
+        "is not in it." + _BOUND * _bounded(comparison),
         fixed=3,
     )
 
 
 def _differences(comparison: Comparison) -> Table:
     images, digits = comparison.summaries[0].images, _digits(comparison)
+    caption = f"ACR with its {_PERCENT} paired bootstrap interval; p: exact McNemar test, Holm-adjusted over the radii."
+    if _bounded(comparison):
+        caption += f" Lower bounds of ACR are compared as they are; {UNKNOWN}: not decided by both."
 
     def row(difference: Difference) -> tuple[Cell, ...]:
-        acr = difference.acr
+        acr, tests = difference.acr, {test.radius: test for test in difference.tests}
         gain = Cell(_signed(acr.difference, 4), f"[{_signed(acr.low, 4)}, {_signed(acr.high, 4)}]")
-        return (Cell(difference.name), gain, *(_test(test, images, digits) for test in difference.tests))
+        return (Cell(difference.name), gain, *(_test(tests.get(radius), images, digits) for radius in comparison.radii))
 
     return Table(
         title=f"Difference to {comparison.differences[0].baseline}, image by image (points)",
         header=("model", "ACR", *map(radius_text, comparison.radii)),
         rows=tuple(row(difference) for difference in comparison.differences),
-        caption=f"ACR with its {_PERCENT} paired bootstrap interval; p: exact McNemar test, Holm-adjusted over the radii.",
+        caption=caption,
         fixed=2,
     )
 
 
-def _test(test: paired.RadiusTest, images: int, digits: int) -> Cell:
+def _test(test: paired.RadiusTest | None, images: int, digits: int) -> Cell:
+    if test is None:
+        return Cell(UNKNOWN)
     points = 100 * (test.only_first - test.only_second) / images
     p = "p <0.001" if test.adjusted < 0.001 else f"p {test.adjusted:.3f}"
     return Cell(_signed(points, digits), p)
@@ -137,7 +155,10 @@ def _published(comparison: Comparison) -> Table:
             Cell(beside.name),
             Cell(acr_text(beside)),
             Cell(f"{theirs.acr:.4f}", spread),
-            Cell(_signed(beside.difference, 4), f"±{beside.margin:.4f}" if beside.margin else ""),
+            Cell(
+                _signed(beside.difference, 4, lower_bound=beside.lower_bound),
+                f"±{beside.margin:.4f}" if beside.margin else "",
+            ),
             Cell(_verdict(beside), "; ".join(beside.protocol)),
             Cell(f"{beside.images:,}", "" if same else f"{beside.shared:,} of their {theirs.images:,}"),
             Cell(f"{theirs.seeds}"),
@@ -151,7 +172,7 @@ def _published(comparison: Comparison) -> Table:
         rows=tuple(row(beside) for beside in comparison.published),
         caption="The nearest published row of the same data set, architecture, method and sigma. within: the difference is at "
         "most ±, twice the standard deviation from the seeds of both sides and, where images differ, from the choice of the "
-        "images (taken as drawn at random). Below a setting: in what ours is another.",
+        "images (taken as drawn at random). Below a setting: in what ours is another." + _BOUND * _bounded(comparison),
     )
 
 
@@ -168,7 +189,10 @@ def _published_accuracy(comparison: Comparison) -> Table:
     def row(beside: Beside) -> tuple[Cell, ...]:
         at = {point.radius: point for point in beside.points}
         cells = (
-            Cell(f"{100 * at[radius].accuracy:.{digits}f}", _signed(100 * at[radius].difference, digits))
+            Cell(
+                f"{100 * at[radius].accuracy:.{digits}f}",
+                _signed(100 * at[radius].difference, digits, lower_bound=at[radius].lower_bound),
+            )
             if radius in at
             else Cell(UNKNOWN)
             for radius in comparison.radii
@@ -179,12 +203,18 @@ def _published_accuracy(comparison: Comparison) -> Table:
         title="Published certified accuracy (%) by radius",
         header=("model", *map(radius_text, comparison.radii)),
         rows=tuple(row(beside) for beside in comparison.published),
-        caption="Signed: ours minus theirs, in points. Each is on its own images, and at its own protocol.",
+        caption="Signed: ours minus theirs, in points. Each is on its own images, and at its own protocol."
+        + _BOUND * _bounded(comparison),
     )
 
 
-def _signed(value: float, digits: int) -> str:
-    """With a sign, unless it is 0 as shown; the minus is the character of that name."""
+def _signed(value: float, digits: int, *, lower_bound: bool = False) -> str:
+    """With a sign, unless it is 0 as shown; the minus is the character of that name.
+
+    A lower bound is marked, and rounded down; but for what the subtraction of two floats left in the last bits.
+    """
+    if lower_bound:
+        return f"≥ {_signed(math.floor(round(value * 10**digits, 6)) / 10**digits, digits)}"
     text = f"{value:+.{digits}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
@@ -196,7 +226,7 @@ def _protocol(comparison: Comparison) -> Table:
         "n0": lambda s: _known(s.n0, ","),
         "n": lambda s: _known(s.n, ","),
         "α": lambda s: _known(s.alpha, "g"),
-        "abstained": lambda s: f"{s.abstained:,} ({100 * s.abstained / s.images:.1f} %)",
+        "abstained": _abstained,
         "saturated": lambda s: _known(s.saturated, ","),
         "largest radius": lambda s: f"{metrics.round_down(s.largest, 3):.3f}",
         "may be wrong": lambda s: "" if s.may_be_wrong is None else f"≤ {s.may_be_wrong}",
@@ -207,9 +237,18 @@ def _protocol(comparison: Comparison) -> Table:
         title="What the figures rest on",
         header=tuple(columns),
         rows=tuple(tuple(Cell(show(summary) or UNKNOWN) for show in columns.values()) for summary in comparison.summaries),
-        caption="saturated: so many samples give no larger radius. largest radius: of a right answer. may be wrong: so many of "
-        f"all certificates, at confidence {1 - RHO:g}. time: of all images, added up.",
+        caption="saturated: so many samples give no larger radius; where only given radii were decided, all of them hold, and "
+        "more might be proved. largest radius: of a right answer. may be wrong: so many of all certificates, at confidence "
+        f"{1 - RHO:g}. time: of all images, added up.",
     )
+
+
+def _abstained(summary: Summary) -> str:
+    """The abstentions, and their share; an upper bound is marked, and rounded up."""
+    if not summary.abstained_upper_bound:
+        return f"{summary.abstained:,} ({100 * summary.abstained / summary.images:.1f} %)"
+    per_mille = -(-1000 * summary.abstained // summary.images)
+    return f"≤ {summary.abstained:,} ({per_mille / 10:.1f} %)"
 
 
 def _known(value: float | None, form: str) -> str:
