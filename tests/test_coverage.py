@@ -16,8 +16,8 @@ import torch
 from scipy.stats import binom, norm
 
 from rscli.api import ABSTAIN, Certifier, Plan, Question
-from rscli.engine.certify import certified_radius
 from rscli.engine.inquiry import CertifierInquiry
+from rscli.engine.radii import certified_radius
 from rscli.engine.sample import Sampler
 from rscli.registry import installed
 from rscli.stats.sequential import look_schedule

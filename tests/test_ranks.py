@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ class Costly:
 class Costs:
     """In place of images and of the result file, which is closed when all images are done."""
 
-    inquire, path, rows, done = Costly, Path("r.tsv"), (), frozenset()
+    inquire, path, rows, done, radii = Costly, Path("r.tsv"), (), frozenset(), MappingProxyType({})
 
     def __init__(self, close: Callable[[], None]) -> None:
         self.close = close
