@@ -173,7 +173,7 @@ class FileSplit(Split):
         return _digest(*lines, _label_bytes(self.labels))
 
     def image(self, index: int) -> Tensor:
-        """Image `index` under the test transform. Raises `InputError`, naming the file, if it cannot be read."""
+        """Image `index` (channel, height, width) under the test transform. Raises `InputError`, naming the file, if it cannot be read."""
         return to_unit(load_image(self.path(index), self.spec.test_transform))
 
     def batches(
@@ -213,7 +213,7 @@ class FileSplit(Split):
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 pixels as float32 in [0, 1], on the same device."""
+    """uint8 pixels of any shape as float32 in [0, 1], of that shape and on the same device."""
     # A tensor as divisor: CUDA multiplies by the reciprocal of a number, which is off by one bit for some pixels.
     return images.float() / torch.full((), 255.0, device=images.device)
 

@@ -38,7 +38,7 @@ class MajorityVote(Certifier):
         return 0
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
-        """One look, at n; no class is chosen beforehand."""
+        """One look, at n; no class is chosen beforehand, and `counts` (classes,) are zeros."""
         return Plan(ABSTAIN, (self.n,))
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision:

@@ -20,6 +20,7 @@ class Bottleneck(nn.Module):
         self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps `x` (batch, inputs, height, width), and `growth` further channels behind them."""
         added = self.conv1(F.relu_(self.bn1(x)))
         added = self.conv2(F.relu_(self.bn2(added)))
         return torch.cat((x, added), 1)
@@ -41,6 +42,7 @@ class Network(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits (batch, classes) of images `x` (batch, channels, height, width)."""
         x = F.avg_pool2d(self.dense1(self.conv1(x)), 2)
         x = F.avg_pool2d(self.dense2(x), 2)
         x = F.relu_(self.bn(self.dense3(x)))

@@ -23,6 +23,7 @@ class Network(nn.Module):
         self.fc2 = nn.Linear(500, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits (batch, classes) of images `x` (batch, *input_shape)."""
         # ReLU commutes with max pooling, in value and in gradient; behind the pooling it has a quarter of the pixels.
         x = F.relu_(F.max_pool2d(self.conv1(x), 2))
         x = F.relu_(F.max_pool2d(self.conv2(x), 2))

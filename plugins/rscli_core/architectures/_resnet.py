@@ -28,6 +28,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps `x` (batch, inputs, height, width) to (batch, outputs, height / stride, width / stride), rounded up."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu_(self.bn1(self.conv1(x)))
         # In place, because the gradient of batch normalisation needs its input, never its output.
@@ -48,6 +49,7 @@ class Network(nn.Module):
         he_fan_out(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits (batch, classes) of images `x` (batch, channels, height, width)."""
         x = F.relu_(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(x.mean((2, 3)))

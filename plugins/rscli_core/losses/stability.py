@@ -30,7 +30,8 @@ class Stability(Loss):
     def step(self, step: TrainStep) -> dict[str, Tensor]:
         """`ce` and `stability`, scalars in nats, the latter multiplied by lbd already; raises nothing of its own.
 
-        The two terms of the training objective of Li et al., each the mean over the batch.
+        The two terms of the training objective of Li et al., each the mean over the batch, from the step's clean logits
+        (batch, classes) and noisy ones (m, batch, classes).
         """
         log_clean = step.clean_logits.log_softmax(-1)
         log_noisy = step.noisy_logits.log_softmax(-1)
