@@ -173,7 +173,10 @@ class FileSplit(Split):
         return _digest(*lines, _label_bytes(self.labels))
 
     def image(self, index: int) -> Tensor:
-        """Image `index` (channel, height, width) under the test transform. Raises `InputError`, naming the file, if it cannot be read."""
+        """Image `index` (channel, height, width) under the test transform.
+
+        Raises `InputError`, naming the file, if it cannot be read.
+        """
         return to_unit(load_image(self.path(index), self.spec.test_transform))
 
     def batches(
