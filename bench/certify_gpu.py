@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from certify_throughput import NETWORKS, Case, Way, bare, build_case, chosen, maker, measure, ours, profile, ratio, usual
 
-from rscli.engine.devices import device_name, pick_device
-from rscli.engine.sample import Sampler
-from rscli.engine.tune import Choice
+from rscli.runtime.devices import device_name, pick_device
+from rscli.sampling.autotune import Choice
+from rscli.sampling.sampler import Sampler
 
 
 def compare(case: Case, *, target: float, rounds: int, compiled: bool) -> dict[str, Any]:

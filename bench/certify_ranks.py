@@ -28,11 +28,11 @@ import torch
 
 from rscli.api import Architecture, Dataset
 from rscli.config.layers import resolve
-from rscli.engine.devices import device_name, pick_device
-from rscli.engine.modelfile import save_model
-from rscli.engine.network import build_classifier
-from rscli.engine.train import model_card
+from rscli.models.modelfile import save_model
+from rscli.models.network import build_classifier
 from rscli.registry import installed
+from rscli.runtime.devices import device_name, pick_device
+from rscli.training.train import model_card
 
 PRESET = "digits-gaussian-0.25"
 """Whose untrained network is certified when no model is given: weights do not matter for the speed of a fixed n."""

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from reference import sample_counts, seconds
 
-from rscli.engine.certify import CertifyOptions, certify
-from rscli.engine.data import open_split
-from rscli.engine.devices import device_name, pick_device, precision_scope
-from rscli.engine.modelfile import load_model
-from rscli.engine.progress import Silent
-from rscli.engine.results import Results, read_results
-from rscli.engine.sampling import SamplingOptions
+from rscli.data.splits import open_split
+from rscli.models.modelfile import load_model
+from rscli.results.reader import Results, read_results
+from rscli.runtime.devices import device_name, pick_device, precision_scope
+from rscli.runtime.progress import Silent
+from rscli.sampling.options import SamplingOptions
+from rscli.smoothing.certify import CertifyOptions, certify
 
 STEP = 0.25
 TABLES: dict[str, tuple[float, ...]] = {

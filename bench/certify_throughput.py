@@ -28,13 +28,13 @@ from reference import sample_counts, seconds, wait
 from torch import Tensor, nn
 
 from rscli.api import Architecture, Dataset, Noise, Question
-from rscli.engine.devices import device_name, memory_layout, pick_device, precision_scope
-from rscli.engine.inquiry import CertifierInquiry
-from rscli.engine.lanes import lanes, lanes_of
-from rscli.engine.network import build_classifier
-from rscli.engine.sample import Sampler
-from rscli.engine.tune import BATCHES, Choice, Make, tune
+from rscli.models.network import build_classifier
 from rscli.registry import installed
+from rscli.runtime.devices import device_name, memory_layout, pick_device, precision_scope
+from rscli.sampling.autotune import BATCHES, Choice, Make, tune
+from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.sampler import Sampler
+from rscli.sampling.threads import lanes, lanes_of
 
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lenet": ({"name": "lenet"}, {"name": "mnist"}),

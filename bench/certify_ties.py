@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rscli.engine.blocks import NoiseBlocks, Piece, cut
-from rscli.engine.data import open_split
-from rscli.engine.devices import device_name, memory_layout, pick_device
-from rscli.engine.modelfile import Model, load_model
-from rscli.engine.sample import Sampler
+from rscli.data.splits import open_split
+from rscli.models.modelfile import Model, load_model
+from rscli.runtime.devices import device_name, memory_layout, pick_device
+from rscli.sampling.blocks import NoiseBlocks, Piece, cut
+from rscli.sampling.sampler import Sampler
 
 CHUNK = 4096
 """Samples compared at a time."""

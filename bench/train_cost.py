@@ -23,8 +23,8 @@ import typer
 
 from rscli.api import DataSpec
 from rscli.config.layers import resolve
-from rscli.engine.data import MemorySplit
-from rscli.engine.train import Trainer
+from rscli.data.splits import MemorySplit
+from rscli.training.train import Trainer
 
 METHODS = ("gaussian", "stability", "macer", "cons", "smoothadv", "smoothadv-cons")
 SETUPS: dict[str, dict[str, tuple[str, list[str]]]] = {

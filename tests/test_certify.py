@@ -17,19 +17,19 @@ from scipy.stats import beta, norm
 
 from rscli.api import ABSTAIN
 from rscli.config.layers import resolve
-from rscli.engine.blocks import BLOCK
-from rscli.engine.certify import CertifyOptions, certify
-from rscli.engine.data import Split, open_split
-from rscli.engine.modelfile import Model, load_model
-from rscli.engine.progress import Silent
-from rscli.engine.protocol import protocol_path
-from rscli.engine.rows import Row, parse_row
-from rscli.engine.sampling import SamplingOptions
-from rscli.engine.score import Score, Tally
-from rscli.engine.seeds import block_generator
-from rscli.engine.train import TrainOptions, train
-from rscli.engine.writer import ResultWriter
+from rscli.data.splits import Split, open_split
 from rscli.errors import ConfigError, InputError, Stopped
+from rscli.models.modelfile import Model, load_model
+from rscli.results.protocol import protocol_path
+from rscli.results.rows import Row, parse_row
+from rscli.results.writer import ResultWriter
+from rscli.runtime.progress import Silent
+from rscli.runtime.seeds import block_generator
+from rscli.sampling.blocks import BLOCK
+from rscli.sampling.options import SamplingOptions
+from rscli.smoothing.certify import CertifyOptions, certify
+from rscli.smoothing.summary import Score, Tally
+from rscli.training.train import TrainOptions, train
 
 N0, N, ALPHA, SIGMA = 20, 100, 0.01, 0.5
 SETS = ["epochs=1", "batch=32", "optimizer.lr=0.05", f"noise.sigma={SIGMA}"]
@@ -242,7 +242,7 @@ def test_the_command_says_which_figures_are_bounds(monkeypatch, at_radius, lower
     from rscli.cli.certify import certify as body
 
     tally = Tally(Path("r.tsv"), 3, 1, 2 / 3, at_radius, 2 / 3, lower_bound, 1234, 2.0)
-    monkeypatch.setattr("rscli.engine.certify.certify", lambda options, progress: tally)
+    monkeypatch.setattr("rscli.smoothing.certify.certify", lambda options, progress: tally)
     app = typer.Typer()
     app.command()(body)
     answer = CliRunner().invoke(app, ["m.safetensors", "--json"])
@@ -489,7 +489,7 @@ def test_a_field_that_the_certifier_lacks_is_named(model, tmp_path):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_wrong_certifier_is_said_in_the_words_of_a_configuration(certifier, said):
-    from rscli.engine.certify import build_certifier
+    from rscli.smoothing.certify import build_certifier
 
     with pytest.raises(ConfigError, match="has 1 problem") as error:
         build_certifier({"name": "cohen", "n": 100, **certifier})
@@ -515,7 +515,7 @@ def test_wrong_data_are_said_in_the_words_of_a_configuration(model, tmp_path, da
 
 
 def test_too_few_samples_to_certify_anything_are_refused():
-    from rscli.engine.certify import build_certifier
+    from rscli.smoothing.certify import build_certifier
 
     with pytest.raises(InputError, match="--n is 9") as error:
         build_certifier({"name": "cohen", "n": 9, "alpha": 0.001})

@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 
 from rscli.api import Augmentation, Dataset, DataSpec, FileImages, MemoryImages, Transform
-from rscli.engine.data import FileSplit, MemorySplit, Split, _Reader, open_split
-from rscli.engine.seeds import generator
-from rscli.engine.transforms import (
+from rscli.data.splits import FileSplit, MemorySplit, Split, _Reader, open_split
+from rscli.data.transforms import (
     apply_moves,
     augment,
     draw_moves,
@@ -24,6 +23,7 @@ from rscli.engine.transforms import (
     to_tensor,
 )
 from rscli.errors import InputError, PluginError
+from rscli.runtime.seeds import generator
 from rscli_core.datasets.imagefolder import ImageFolder
 
 RNG = np.random.default_rng(0)
@@ -313,7 +313,7 @@ def test_a_later_start_gives_exactly_the_rest(split, start):
 def test_a_later_start_reads_none_of_the_skipped_files(files, monkeypatch):
     read = []
     monkeypatch.setattr(
-        "rscli.engine.data.load_image", lambda path, transform: read.append(path) or torch.zeros(3, 6, 6).byte()
+        "rscli.data.splits.load_image", lambda path, transform: read.append(path) or torch.zeros(3, 6, 6).byte()
     )
     assert len(epoch(file_split(files, Augmentation()), start=3)) == 2
     assert len(read) == 8

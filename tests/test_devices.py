@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rscli.engine.devices import pick_device
 from rscli.errors import InputError
+from rscli.runtime.devices import pick_device
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rscli.engine.results import read_results
-from rscli.engine.rows import Row
-from rscli.engine.writer import ResultWriter
 from rscli.report.groups import grouped
 from rscli.report.render import FORMATS, render
 from rscli.report.summary import compare
 from rscli.report.tables import tables
+from rscli.results.reader import read_results
+from rscli.results.rows import Row
+from rscli.results.writer import ResultWriter
 
 LOSS = {"name": "consistency", "m": 2, "lbd": 5.0, "eta": 0.5, "form": "default"}
 RADII = {0: (0.5, 1.0, 0.0, 0.25), 1: (0.6, 1.1, 0.0, 0.0), 2: (0.2, 1.5, 0.4, 0.3)}  # by seed; 0: an abstention

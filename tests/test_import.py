@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 from rscli.cli.boundary import boundary
 from rscli.cli.import_ import import_
-from rscli.engine.fit import fit_tensors
-from rscli.engine.importing import Imported, ImportOptions, import_checkpoint
-from rscli.engine.modelfile import Model, load_model
-from rscli.engine.progress import Silent
 from rscli.errors import ConfigError, InputError, RscliError
+from rscli.models.importing.convert import Imported, ImportOptions, import_checkpoint
+from rscli.models.importing.keys import fit_tensors
+from rscli.models.modelfile import Model, load_model
 from rscli.registry import installed
+from rscli.runtime.progress import Silent
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 OTHER_MEAN, OTHER_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

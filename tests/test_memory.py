@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rscli.engine.memory import enough_memory, out_of_memory
+from rscli.runtime.memory import enough_memory, out_of_memory
 
 
 def test_a_cpu_that_is_out_of_memory_is_recognised():

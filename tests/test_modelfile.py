@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from rscli.config.layers import resolve
-from rscli.engine import modelfile
-from rscli.engine.modelfile import ModelCard, load_model, save_model
-from rscli.engine.network import Classifier
-from rscli.engine.train import initial_classifier, model_card
 from rscli.errors import PluginError, RscliError
+from rscli.models import modelfile
+from rscli.models.modelfile import ModelCard, load_model, save_model
+from rscli.models.network import Classifier
+from rscli.training.train import initial_classifier, model_card
 
 SETS = ["data.name=digits", "arch.name=cifar-resnet", "arch.depth=8", "noise.sigma=0.25", "loss.name=gaussian"]
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rscli.cli.app import app
-from rscli.engine.modelfile import load_model
+from rscli.models.modelfile import load_model
 from rscli.registry import installed
 
 pytestmark = [pytest.mark.slow, pytest.mark.install]

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from rscli.cli.app import app
 from rscli.config.layers import resolve
-from rscli.engine.modelfile import load_model, save_model
-from rscli.engine.progress import Silent
-from rscli.engine.train import TrainOptions, train
+from rscli.models.modelfile import load_model, save_model
+from rscli.runtime.progress import Silent
+from rscli.training.train import TrainOptions, train
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "digits"

@@ -11,8 +11,8 @@ import torch
 
 from rscli.config.layers import resolve
 from rscli.config.presets import list_presets
-from rscli.engine.data import MemorySplit
-from rscli.engine.train import Trainer
+from rscli.data.splits import MemorySplit
+from rscli.training.train import Trainer
 
 NAMES = [preset.name for preset in list_presets() if preset.package == "rscli"]
 

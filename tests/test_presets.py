@@ -15,9 +15,9 @@ from rscli.cli.app import app
 from rscli.config import presets
 from rscli.config.layers import rebuild, resolve
 from rscli.config.presets import list_presets, load_preset, published_for, published_rows, show
-from rscli.engine.train import TrainOptions, outlook
 from rscli.errors import InputError, RscliError
 from rscli.registry import Entry, Registry
+from rscli.training.train import TrainOptions, outlook
 
 SHIPPED = Path(__file__).parents[1] / "presets"
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))

@@ -15,9 +15,6 @@ import typer
 from typer.testing import CliRunner
 
 from rscli.config.presets import list_presets, load_preset, published_for
-from rscli.engine.results import read_results
-from rscli.engine.rows import Row
-from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError
 from rscli.report.comparison import Beside
 from rscli.report.groups import grouped
@@ -27,6 +24,9 @@ from rscli.report.render import FORMATS, render
 from rscli.report.shelf import SUBSETS, read_shelf, read_subsets, row_images, variance_share
 from rscli.report.summary import compare
 from rscli.report.tables import tables
+from rscli.results.reader import read_results
+from rscli.results.rows import Row
+from rscli.results.writer import ResultWriter
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 ALL = np.arange(10_000)

@@ -28,20 +28,20 @@ from victims import BEGUN, ROW, STEP_SECONDS, TOGETHER, kill
 
 from rscli.cli.app import app
 from rscli.config.layers import resolve
-from rscli.engine import certify as certifying
-from rscli.engine.certify import CertifyOptions, SamplingOptions, _Run, certify
-from rscli.engine.parts import parts_of
-from rscli.engine.progress import Silent
-from rscli.engine.protocol import protocol_path
-from rscli.engine.ranks import Alone, Together, join
-from rscli.engine.results import read_results
-from rscli.engine.rows import HEADER, Row
-from rscli.engine.sample import Sampler
-from rscli.engine.signals import StopRequest
-from rscli.engine.train import TrainOptions, train
-from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError
 from rscli.registry import installed
+from rscli.results.protocol import protocol_path
+from rscli.results.reader import read_results
+from rscli.results.rows import HEADER, Row
+from rscli.results.shards import parts_of
+from rscli.results.writer import ResultWriter
+from rscli.runtime.progress import Silent
+from rscli.runtime.signals import StopRequest
+from rscli.sampling.sampler import Sampler
+from rscli.smoothing import certify as certifying
+from rscli.smoothing.certify import CertifyOptions, SamplingOptions, _Run, certify
+from rscli.smoothing.work_queue import Alone, Together, join
+from rscli.training.train import TrainOptions, train
 
 IMAGES = 40
 POSIX = pytest.mark.skipif(

@@ -17,9 +17,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rscli.engine.results import read_results
-from rscli.engine.rows import Row
-from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError
 from rscli.report.groups import grouped
 from rscli.report.plot import curve, draw, save_plot
@@ -27,6 +24,9 @@ from rscli.report.published import with_published
 from rscli.report.render import FORMATS, latex_text, print_tables, render
 from rscli.report.summary import compare
 from rscli.report.tables import radius_text, tables
+from rscli.results.reader import read_results
+from rscli.results.rows import Row
+from rscli.results.writer import ResultWriter
 
 PROTOCOL = {
     "format": 1,

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rscli.engine import rows
-from rscli.engine.protocol import protocol_path
-from rscli.engine.results import read_results
-from rscli.engine.rows import Row, format_row, parse_row
-from rscli.engine.writer import ResultWriter
 from rscli.errors import InputError, RscliError
+from rscli.results import rows
+from rscli.results.protocol import protocol_path
+from rscli.results.reader import read_results
+from rscli.results.rows import Row, format_row, parse_row
+from rscli.results.writer import ResultWriter
 
 PROTOCOL = {
     "format": 1,

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
-from rscli.engine.blocks import BLOCK
-from rscli.engine.inquiry import CertifierInquiry
-from rscli.engine.sample import SPARE, Sampler
-from rscli.engine.seeds import block_generator, derive
 from rscli.errors import PluginError, RscliError
 from rscli.registry import installed
+from rscli.runtime.seeds import block_generator, derive
+from rscli.sampling.blocks import BLOCK
+from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.sampler import SPARE, Sampler
 
 SHAPE = (1, 4, 4)
 CLASSES = 3

@@ -26,7 +26,7 @@ def run(*words):
 @pytest.fixture
 def trained(monkeypatch):
     """Instead of training: which seeds were asked for, and where; a seed in `stop` is stopped with that exit code."""
-    import rscli.engine.train
+    import rscli.training.train
 
     calls, stop = [], {}
 
@@ -36,7 +36,7 @@ def trained(monkeypatch):
             raise Stopped("stopped as asked", exit_code=stop[resolved.config.seed])
         return options.out / "model.safetensors"
 
-    monkeypatch.setattr(rscli.engine.train, "train", train)
+    monkeypatch.setattr(rscli.training.train, "train", train)
     train.calls, train.stop = calls, stop
     return train
 

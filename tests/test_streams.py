@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rscli.engine.files import replacing, writing
-from rscli.engine.parts import whole_rows
 from rscli.errors import InputError, RscliError
+from rscli.results.shards import whole_rows
+from rscli.runtime.files import replacing, writing
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="streams and signals as POSIX has them")
 needs_full = pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
@@ -164,7 +164,7 @@ def test_sigterm_outside_a_run_and_outside_an_import_unwinds(tmp_path):
 import sys, time
 from pathlib import Path
 from rscli.cli import interrupts
-from rscli.engine.files import replacing
+from rscli.runtime.files import replacing
 with interrupts.heard(), replacing(Path({str(tmp_path / "file")!r})) as beside:
     beside.write_text("half")
     print("ready", flush=True)

@@ -16,12 +16,12 @@ from torch import nn
 
 from rscli.api import Attack, Loss, TrainStep
 from rscli.config.layers import Resolved, resolve
-from rscli.engine.lonely import check_lonely_images
-from rscli.engine.modelfile import load_model
-from rscli.engine.progress import Silent
-from rscli.engine.train import Trainer, TrainOptions, attacked, frozen, outlook, train
 from rscli.errors import InputError, PluginError, RscliError, Stopped
+from rscli.models.modelfile import load_model
 from rscli.registry import installed
+from rscli.runtime.progress import Silent
+from rscli.training.minimum_batch import check_lonely_images
+from rscli.training.train import Trainer, TrainOptions, attacked, frozen, outlook, train
 
 SETTINGS = {
     "data.name": "digits",
@@ -207,7 +207,7 @@ def test_the_outlook_counts_without_touching_anything(tmp_path):
 
 
 def trainer(resolved: Resolved, folder: Path) -> Trainer:
-    from rscli.engine.data import open_split
+    from rscli.data.splits import open_split
 
     spec = resolved.dataset.spec(folder)
     split = open_split(resolved.dataset, spec, "train", folder)
@@ -331,7 +331,7 @@ def test_training_on_attacked_images_is_training_on_what_the_attack_returned(tmp
     plain = trainer(settings(**sets), tmp_path)
     smooth = {"attack__name": attack, "attack__epsilon": "1.0", "attack__steps": "3", "attack__warmup": "0"}
     made, moved = trainer(settings(**sets, **smooth), tmp_path), []
-    monkeypatch.setattr("rscli.engine.train.attacked", lambda *a: moved.append(attacked(*a)) or moved[0])
+    monkeypatch.setattr("rscli.training.train.attacked", lambda *a: moved.append(attacked(*a)) or moved[0])
     images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
     made._step(images, labels, 0)
     plain._step(moved[0], labels, 0)
@@ -345,7 +345,7 @@ def test_the_attack_and_the_loss_see_the_same_noise(tmp_path, monkeypatch):
     resolved, seen = settings(loss__name="gaussian", loss__lbd=""), []
     resolved.plugins.update(loss=Recording(m=2), attack=Half())
     Recording.seen = []
-    monkeypatch.setattr("rscli.engine.train.attacked", lambda attack, step: seen.append(step) or attacked(attack, step))
+    monkeypatch.setattr("rscli.training.train.attacked", lambda attack, step: seen.append(step) or attacked(attack, step))
     images, labels = torch.rand(4, 1, 28, 28), torch.arange(4)
     trainer(resolved, tmp_path)._step(images, labels, 0)
     (before,), (after,) = seen, Recording.seen

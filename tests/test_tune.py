@@ -20,24 +20,25 @@ from typer.testing import CliRunner
 from rscli.api import Certifier, Decision, Plan, Question
 from rscli.cli.app import app
 from rscli.config.layers import resolve
-from rscli.engine import certify as certifying
-from rscli.engine import preview as previewing
-from rscli.engine import sampling, tune
-from rscli.engine.blocks import BLOCK
-from rscli.engine.certify import CertifyOptions, SamplingOptions, certify
-from rscli.engine.images import Images
-from rscli.engine.inquiry import CertifierInquiry
-from rscli.engine.modelfile import load_model
-from rscli.engine.progress import Silent
-from rscli.engine.protocol import protocol_path
-from rscli.engine.ranks import Alone, Together
-from rscli.engine.sample import Sampler
-from rscli.engine.seeds import block_generator
-from rscli.engine.signals import StopRequest
-from rscli.engine.train import TrainOptions, train
-from rscli.engine.tune import Choice
 from rscli.errors import RscliError, Stopped
+from rscli.models.modelfile import load_model
 from rscli.registry import installed
+from rscli.results.protocol import protocol_path
+from rscli.runtime.progress import Silent
+from rscli.runtime.seeds import block_generator
+from rscli.runtime.signals import StopRequest
+from rscli.sampling import autotune as tune
+from rscli.sampling import options as sampling
+from rscli.sampling.autotune import Choice
+from rscli.sampling.blocks import BLOCK
+from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.sampler import Sampler
+from rscli.smoothing import certify as certifying
+from rscli.smoothing import cost as previewing
+from rscli.smoothing.certify import CertifyOptions, SamplingOptions, certify
+from rscli.smoothing.images import Images
+from rscli.smoothing.work_queue import Alone, Together
+from rscli.training.train import TrainOptions, train
 
 CPU = torch.device("cpu")
 SHAPE = (2, 4, 4)
@@ -532,8 +533,8 @@ PEAKS = """
 import resource, sys
 import torch
 from rscli.api import Question
-from rscli.engine.inquiry import CertifierInquiry
-from rscli.engine.sample import Sampler
+from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.sampler import Sampler
 from rscli.registry import installed
 
 torch.set_num_threads(1)

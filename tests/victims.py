@@ -23,7 +23,7 @@ STEP_SECONDS = 0.01
 
 PATIENCE = 60.0
 PRELOAD = [
-    "rscli.engine.certify",
+    "rscli.smoothing.certify",
     "rscli_core.architectures.lenet",
     "rscli_core.certifiers.cohen",
     "rscli_core.datasets.digits",
@@ -102,10 +102,10 @@ def _certify(options: Any, rank: int, world: int, store: Path, mouth: Connection
     import torch
     from torch.distributed import FileStore
 
-    from rscli.engine import certify as certifying
-    from rscli.engine.progress import Silent
-    from rscli.engine.ranks import Together
-    from rscli.engine.writer import ResultWriter
+    from rscli.results.writer import ResultWriter
+    from rscli.runtime.progress import Silent
+    from rscli.smoothing import certify as certifying
+    from rscli.smoothing.work_queue import Together
 
     mouth.send_bytes(BEGUN)
     torch.set_num_threads(1)

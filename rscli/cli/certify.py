@@ -92,10 +92,10 @@ def certify(
     with --resume and without --shard puts them together.
     """
     from rscli.cli.output import emit_json, listener
-    from rscli.engine.certify import CertifyOptions
-    from rscli.engine.certify import certify as run
-    from rscli.engine.sampling import SamplingOptions
     from rscli.report.tables import acr_text
+    from rscli.sampling.options import SamplingOptions
+    from rscli.smoothing.certify import CertifyOptions
+    from rscli.smoothing.certify import certify as run
 
     path = model_path(model)
     settings = _settings(sets or [])

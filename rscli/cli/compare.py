@@ -58,15 +58,15 @@ def compare(
         rscli compare runs/mnist-cons-0.5/seed* --published
     """
     from rscli.cli.output import stderr, stdout
-    from rscli.engine.files import write_text
-    from rscli.engine.protocol import protocol_path
-    from rscli.engine.results import read_results
     from rscli.errors import InputError
     from rscli.report.groups import grouped
     from rscli.report.plot import check_plot_path, save_plot
     from rscli.report.published import with_published
     from rscli.report.render import print_tables, render
     from rscli.report.summary import compare as compared
+    from rscli.results.protocol import protocol_path
+    from rscli.results.reader import read_results
+    from rscli.runtime.files import write_text
 
     form = Format.json if json else form
     if plot is not None:

@@ -17,7 +17,7 @@ def doctor(data_dir: opt.DataDir = opt.DATA_DIR, json: opt.Json = False) -> None
         rscli doctor --data-dir /data --json
     """
     from rscli.cli.output import emit_json, stdout
-    from rscli.engine.doctor import examine
+    from rscli.doctor import examine
 
     findings = examine(data_dir)
     if json:

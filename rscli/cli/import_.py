@@ -12,7 +12,7 @@ from rscli.cli import options as opt
 from rscli.cli.certify import model_path
 
 if TYPE_CHECKING:
-    from rscli.engine.importing import Imported
+    from rscli.models.importing.convert import Imported
 
 
 def import_(
@@ -49,7 +49,7 @@ def import_(
         rscli import resnet18.safetensors --arch timm/resnet18 --dataset imagefolder --set data.path=photos --sigma 0.25
     """
     from rscli.cli.output import emit_json, listener
-    from rscli.engine.importing import ImportOptions, import_checkpoint
+    from rscli.models.importing.convert import ImportOptions, import_checkpoint
 
     progress = listener(quiet)
     found = import_checkpoint(

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM outside a run. (A run that can be stopped and resumed listens itself: `rscli.engine.signals`.)"""
+"""Ctrl-C and SIGTERM outside a run. (A run that can be stopped and resumed listens itself: `rscli.runtime.signals`.)"""
 
 from __future__ import annotations
 

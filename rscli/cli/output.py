@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-    from rscli.engine.progress import Progress
+    from rscli.runtime.progress import Progress
 
 PIPE_WIDTH = 100_000
 """Columns of an answer that no terminal shows: rich would cut the cells of a table at fewer."""

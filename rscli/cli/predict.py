@@ -11,7 +11,7 @@ from rscli.cli import options as opt
 from rscli.cli.certify import model_path
 
 if TYPE_CHECKING:
-    from rscli.engine.predict import Prediction
+    from rscli.smoothing.predict import Prediction
 
 
 def predict(
@@ -40,11 +40,11 @@ def predict(
         rscli predict model.safetensors folder/ --certify --n 10000 --json
     """
     from rscli.cli.output import emit_json_line, listener
-    from rscli.engine.certify import build_certifier
-    from rscli.engine.modelfile import load_model
-    from rscli.engine.predict import find_images, vote
-    from rscli.engine.predict import predict as run
-    from rscli.engine.sampling import SamplingOptions
+    from rscli.models.modelfile import load_model
+    from rscli.sampling.options import SamplingOptions
+    from rscli.smoothing.certify import build_certifier
+    from rscli.smoothing.predict import find_images, vote
+    from rscli.smoothing.predict import predict as run
 
     rule = build_certifier({"name": "cohen", "n": n, "n0": n0, "alpha": alpha}) if certify else vote(n, alpha)
     loaded, paths = load_model(model_path(model)), find_images(images)

@@ -13,7 +13,7 @@ from rscli.errors import InputError
 
 if TYPE_CHECKING:
     from rscli.config.layers import Resolved
-    from rscli.engine.train import TrainOptions
+    from rscli.training.train import TrainOptions
 
     Run = tuple[Resolved, TrainOptions]
 
@@ -58,8 +58,8 @@ def train(
     """
     from rscli.cli.output import emit_json, listener
     from rscli.config.layers import resolve
-    from rscli.engine.train import TrainOptions
-    from rscli.engine.train import train as run
+    from rscli.training.train import TrainOptions
+    from rscli.training.train import train as run
 
     chosen = _seeds(seeds, seed)
     every = [resolve(preset=preset, config_file=config, sets=sets or (), flags={"seed": one}) for one in chosen]
@@ -111,7 +111,7 @@ def _name(resolved: Resolved, preset: str | None) -> str:
 
 def _check_unused(runs: list[Run]) -> None:
     """Raises `InputError` if one of the folders holds a run: better now than after hours with the seeds before it."""
-    from rscli.engine.runfolder import RunFolder
+    from rscli.training.run_folder import RunFolder
 
     used = [str(how.out) for _, how in runs if RunFolder(how.out).config.exists()]
     if used:
@@ -125,7 +125,7 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     from rich.table import Table
 
     from rscli.cli.output import emit_json, stdout
-    from rscli.engine.train import outlook
+    from rscli.training.train import outlook
 
     plans = [outlook(resolved, how) for resolved, how in runs]
     if json:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rscli.engine.results import Results
 from rscli.errors import InputError
+from rscli.results.reader import Results
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

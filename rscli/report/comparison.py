@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rscli.config.published import PublishedRow
-from rscli.engine.results import Results
+from rscli.results.reader import Results
 from rscli.stats import paired
 
 LEVEL = 0.95

@@ -9,8 +9,8 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-from rscli.engine.results import Results
 from rscli.report.comparison import Comparison, Group, GroupPoint, Point, Summary
+from rscli.results.reader import Results
 from rscli.stats import metrics
 
 TRAINING = ("data", "arch", "loss", "attack", "config")

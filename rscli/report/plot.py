@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rscli.engine.files import replacing
-from rscli.engine.results import Results
 from rscli.errors import InputError
 from rscli.report.comparison import LEVEL, Comparison
 from rscli.report.tables import acr_text
+from rscli.results.reader import Results
+from rscli.runtime.files import replacing
 from rscli.stats import bounds
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 
 from rscli.config.published import PublishedRow
-from rscli.engine.results import Results
 from rscli.report.align import grid, undecided
 from rscli.report.comparison import Beside, Comparison, PublishedPoint
 from rscli.report.recipe import Recipe, recipe, setting_differences
 from rscli.report.shelf import Shelf, read_shelf, row_images, variance_share
+from rscli.results.reader import Results
 from rscli.stats import metrics
 
 PROTOCOL = {"n0": 100, "n": 100_000, "alpha": 0.001}

@@ -11,7 +11,7 @@ from typing import Any
 from rscli.config.published import PublishedRow
 from rscli.config.schema import SECTIONS
 from rscli.config.settings import dotted, leaves
-from rscli.engine.results import Results
+from rscli.results.reader import Results
 
 ATTACK = {"name": "attack", "epsilon": "eps", "steps": "steps", "warmup": "warmup"}
 """Fields of an attack, and what the tables call them; those of a loss have the same names there."""

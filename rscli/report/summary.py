@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rscli.api import ABSTAIN
-from rscli.engine.results import Results
 from rscli.report.align import align, grid, undecided
 from rscli.report.comparison import LEVEL, RHO, Comparison, Difference, Point, Summary
+from rscli.results.reader import Results
 from rscli.stats import metrics, paired
 
 STEP = 0.25

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rscli.engine.score import Tally
 from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
+from rscli.smoothing.summary import Tally
 from rscli.stats import metrics, paired
 
 UNKNOWN = "–"

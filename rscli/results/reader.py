@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rscli.engine.parts import missing_shards, parts_of, result_of, union, whole_rows
-from rscli.engine.protocol import read_protocol
-from rscli.engine.rows import FIELD_COLUMNS, Row, broken, cells_of, parse_row
 from rscli.errors import InputError
+from rscli.results.protocol import read_protocol
+from rscli.results.rows import FIELD_COLUMNS, Row, broken, cells_of, parse_row
+from rscli.results.shards import missing_shards, parts_of, result_of, union, whole_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,26 +13,26 @@ from rscli.api import Certifier, Dataset, fields_of
 from rscli.config.layers import build_section
 from rscli.config.problems import Problems
 from rscli.config.settings import flatten
-from rscli.engine.blocks import BLOCK
-from rscli.engine.data import Split, open_split
-from rscli.engine.devices import environment
-from rscli.engine.images import Images
-from rscli.engine.inquiry import CertifierInquiry, Inquiry
-from rscli.engine.modelfile import Model, load_model
-from rscli.engine.parts import part_path, parts_of, union
-from rscli.engine.preview import preview
-from rscli.engine.progress import Progress
-from rscli.engine.protocol import protocol_path, read_protocol
-from rscli.engine.radii import decided_radii
-from rscli.engine.ranks import Ranks, join
-from rscli.engine.sample import Sampler
-from rscli.engine.sampling import SamplingOptions, Work
-from rscli.engine.score import Score, Tally
-from rscli.engine.signals import StopRequest, stop_requests
-from rscli.engine.tune import Choice
-from rscli.engine.writer import ResultWriter
+from rscli.data.splits import Split, open_split
 from rscli.errors import InputError, RscliError, Stopped
+from rscli.models.modelfile import Model, load_model
 from rscli.registry import installed
+from rscli.results.protocol import protocol_path, read_protocol
+from rscli.results.shards import part_path, parts_of, union
+from rscli.results.writer import ResultWriter
+from rscli.runtime.devices import environment
+from rscli.runtime.progress import Progress
+from rscli.runtime.signals import StopRequest, stop_requests
+from rscli.sampling.autotune import Choice
+from rscli.sampling.blocks import BLOCK
+from rscli.sampling.options import SamplingOptions, Work
+from rscli.sampling.requests import CertifierInquiry, Inquiry
+from rscli.sampling.sampler import Sampler
+from rscli.smoothing.cost import preview
+from rscli.smoothing.images import Images
+from rscli.smoothing.radii import decided_radii
+from rscli.smoothing.summary import Score, Tally
+from rscli.smoothing.work_queue import Ranks, join
 
 LONG_RUN = 1_000_000
 """From so many samples on, a trial at the start looks for the fastest batch size and layout."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rscli.api import ABSTAIN
-from rscli.engine.rows import Row
+from rscli.results.rows import Row
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rscli.engine.inquiry import Counts
-from rscli.engine.memory import out_of_memory
-from rscli.engine.sample import Sampler
+from rscli.runtime.memory import out_of_memory
+from rscli.sampling.requests import Counts
+from rscli.sampling.sampler import Sampler
 
 BATCHES = {
     "cpu": (8, 16, 32, 64, 128, 256, 512),

@@ -21,10 +21,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rscli.api import Architecture, Dataset, DataSpec, Noise, Plugin
-from rscli.engine.files import replacing
-from rscli.engine.network import Classifier, build_classifier
 from rscli.errors import InputError, PluginError
+from rscli.models.network import Classifier, build_classifier
 from rscli.registry import Registry, installed
+from rscli.runtime.files import replacing
 
 FORMAT: Literal[1] = 1
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from rscli.engine.files import read_json, replacing, write_json, write_text, writing
-from rscli.engine.position import check_position, remedy
 from rscli.errors import InputError
+from rscli.runtime.files import read_json, replacing, write_json, write_text, writing
+from rscli.training.checkpoint import check_position, remedy
 
 CHECKPOINT_FORMAT = 1
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rscli.config.problems import faults
-from rscli.engine.files import read_json
-from rscli.engine.rows import LARGEST_COUNT
 from rscli.errors import InputError
+from rscli.results.rows import LARGEST_COUNT
+from rscli.runtime.files import read_json
 
 FORMAT = 1
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from rscli.api import DataSpec
-from rscli.engine.checkpoints import Checkpoint
-from rscli.engine.fit import Fit
 from rscli.errors import InputError
+from rscli.models.importing.foreign import Checkpoint
+from rscli.models.importing.keys import Fit
 
 NORMALIZATIONS = ("auto", "dataset", "none")
 """What a user can ask for."""

@@ -14,15 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
-from rscli.engine.inquiry import CertifierInquiry, Inquiry
-from rscli.engine.modelfile import Model
-from rscli.engine.progress import Progress
-from rscli.engine.radii import certified_radius
-from rscli.engine.sampling import SamplingOptions, Work
-from rscli.engine.seeds import derive
-from rscli.engine.signals import stop_requests
-from rscli.engine.transforms import load_image
+from rscli.data.transforms import load_image
 from rscli.errors import InputError, Stopped
+from rscli.models.modelfile import Model
+from rscli.runtime.progress import Progress
+from rscli.runtime.seeds import derive
+from rscli.runtime.signals import stop_requests
+from rscli.sampling.options import SamplingOptions, Work
+from rscli.sampling.requests import CertifierInquiry, Inquiry
+from rscli.smoothing.radii import certified_radius
 from rscli.stats.bounds import smallest_n_for, top_two_p_value
 
 

@@ -6,8 +6,8 @@ import re
 from glob import escape as glob_escape
 from pathlib import Path
 
-from rscli.engine.rows import HEADER, Row, broken, parse_row
 from rscli.errors import InputError
+from rscli.results.rows import HEADER, Row, broken, parse_row
 
 _PART = re.compile(r"\.part-(shard|rank)-[\w-]+$")
 _SHARD = re.compile(r"\.part-shard-(\d+)-of-(\d+)")

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rscli.api import Certifier, Decision, Plan, Question
-from rscli.engine.data import Split
-from rscli.engine.images import Images
-from rscli.engine.inquiry import CertifierInquiry, Counts
-from rscli.engine.radii import grid_radii
-from rscli.engine.sample import Sampler
-from rscli.engine.seeds import derive
+from rscli.data.splits import Split
 from rscli.registry import installed
+from rscli.runtime.seeds import derive
+from rscli.sampling.requests import CertifierInquiry, Counts
+from rscli.sampling.sampler import Sampler
+from rscli.smoothing.images import Images
+from rscli.smoothing.radii import grid_radii
 
 PILOT_SECONDS, PILOT_SHARE, LONGEST_PILOT = 2.0, 1e-3, 20.0
 """The pilot takes so many seconds at most, or such a share of the whole run, but never longer than the last of these."""

@@ -17,15 +17,15 @@ from rscli.config.layers import DEFAULTS, build_section, full_section
 from rscli.config.problems import Problems
 from rscli.config.schema import SECTIONS
 from rscli.config.settings import Setting, Settings, dotted, flatten, nest, parse_sets, stack
-from rscli.engine.checkpoints import Checkpoint, read_checkpoint
-from rscli.engine.fit import fit_tensors
-from rscli.engine.misfit import check_fit
-from rscli.engine.modelfile import ModelCard, file_digest, save_model
-from rscli.engine.network import Classifier, build_classifier, parameter_count
-from rscli.engine.normalization import NORMALIZATIONS, Normalization, choose_normalization, take_constants
-from rscli.engine.progress import Progress
 from rscli.errors import InputError
+from rscli.models.importing.foreign import Checkpoint, read_checkpoint
+from rscli.models.importing.keys import fit_tensors
+from rscli.models.importing.mismatch import check_fit
+from rscli.models.importing.normalization import NORMALIZATIONS, Normalization, choose_normalization, take_constants
+from rscli.models.modelfile import ModelCard, file_digest, save_model
+from rscli.models.network import Classifier, build_classifier, parameter_count
 from rscli.registry import installed
+from rscli.runtime.progress import Progress
 
 FIELD_ARCHS: dict[str, dict[str, Any]] = {
     "lenet": {"name": "lenet"},

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rscli.engine.devices import memory_layout, pick_device, precision_scope
-from rscli.engine.lanes import lanes_of
-from rscli.engine.memory import enough_memory
-from rscli.engine.modelfile import Model
-from rscli.engine.progress import Progress
-from rscli.engine.sample import Sampler
-from rscli.engine.tune import Choice, Make, Stop, speed_of, try_compiled, tune
 from rscli.errors import RscliError
+from rscli.models.modelfile import Model
+from rscli.runtime.devices import memory_layout, pick_device, precision_scope
+from rscli.runtime.memory import enough_memory
+from rscli.runtime.progress import Progress
+from rscli.sampling.autotune import Choice, Make, Stop, speed_of, try_compiled, tune
+from rscli.sampling.sampler import Sampler
+from rscli.sampling.threads import lanes_of
 
 BATCH = 256
 """The batch size of runs too short for a trial."""

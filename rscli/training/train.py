@@ -1,6 +1,6 @@
 """Training: batches, noisy copies, an optional attack, a loss, an optimiser step.
 
-Every random draw has a key made of the seed, the epoch, the batch and the chunk (`rscli.engine.seeds`), so a run
+Every random draw has a key made of the seed, the epoch, the batch and the chunk (`rscli.runtime.seeds`), so a run
 stopped between two batches continues exactly where it was.
 """
 
@@ -22,19 +22,19 @@ from rscli import __version__
 from rscli.api import Attack, DataSpec, TrainStep
 from rscli.config.layers import Resolved
 from rscli.config.schema import steps_per_epoch
-from rscli.engine.data import Split, open_split
-from rscli.engine.devices import environment, memory_layout, pick_device
-from rscli.engine.lonely import check_lonely_images
-from rscli.engine.memory import enough_memory
-from rscli.engine.meter import Meter
-from rscli.engine.modelfile import ModelCard, save_model
-from rscli.engine.network import Classifier, build_classifier, parameter_count
-from rscli.engine.position import check_optimizer, check_place, fitting
-from rscli.engine.progress import Progress
-from rscli.engine.runfolder import RunFolder
-from rscli.engine.seeds import derive, generator
-from rscli.engine.signals import StopRequest, stop_requests
+from rscli.data.splits import Split, open_split
 from rscli.errors import InputError, PluginError, Stopped
+from rscli.models.modelfile import ModelCard, save_model
+from rscli.models.network import Classifier, build_classifier, parameter_count
+from rscli.runtime.devices import environment, memory_layout, pick_device
+from rscli.runtime.memory import enough_memory
+from rscli.runtime.progress import Progress
+from rscli.runtime.seeds import derive, generator
+from rscli.runtime.signals import StopRequest, stop_requests
+from rscli.training.checkpoint import check_optimizer, check_place, fitting
+from rscli.training.metrics import Meter
+from rscli.training.minimum_batch import check_lonely_images
+from rscli.training.run_folder import RunFolder
 
 TOO_LARGE = (
     "Free its memory and go on with --resume, or begin anew with smaller batches (--set batch=N) or on another --device."

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils import data as torch_data
 
 from rscli.api import Augmentation, Dataset, DataSpec, FileImages, MemoryImages, Transform
-from rscli.engine.seeds import derive, generator
-from rscli.engine.transforms import Moves, apply_moves, augment, draw_moves, load_image, load_resized_crop, moves_images
+from rscli.data.transforms import Moves, apply_moves, augment, draw_moves, load_image, load_resized_crop, moves_images
 from rscli.errors import InputError, PluginError
+from rscli.runtime.seeds import derive, generator
 
 CACHE_CHUNK = 256
 """Images that a worker decodes at a time when a split of files is brought into memory."""

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from rscli.api import Noise
-from rscli.engine.blocks import BLOCK, NoiseBlocks, Piece, cut
-from rscli.engine.devices import memory_layout, precision_scope
-from rscli.engine.inquiry import Inquiry
-from rscli.engine.lanes import lanes
-from rscli.engine.memory import enough_memory, out_of_memory
 from rscli.errors import InputError, PluginError, RscliError
+from rscli.runtime.devices import memory_layout, precision_scope
+from rscli.runtime.memory import enough_memory, out_of_memory
+from rscli.sampling.blocks import BLOCK, NoiseBlocks, Piece, cut
+from rscli.sampling.requests import Inquiry
+from rscli.sampling.threads import lanes
 
 TOO_LARGE = "Free its memory, or take another device (--device)."
 

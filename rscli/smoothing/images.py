@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from rscli.api import Certifier, Question
-from rscli.engine.data import Split
-from rscli.engine.inquiry import CertifierInquiry, Inquiry
-from rscli.engine.modelfile import Model
-from rscli.engine.radii import certified_radius
-from rscli.engine.rows import Row
+from rscli.data.splits import Split
+from rscli.models.modelfile import Model
+from rscli.results.rows import Row
+from rscli.sampling.requests import CertifierInquiry, Inquiry
+from rscli.smoothing.radii import certified_radius
 
 
 class Images:

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from rscli.api import Dataset, Finding
 from rscli.config.presets import list_presets
-from rscli.engine.devices import device_name, versions
 from rscli.errors import RscliError
 from rscli.registry import installed, load_entry
+from rscli.runtime.devices import device_name, versions
 
 
 def examine(data_dir: Path) -> dict[str, list[Finding]]:

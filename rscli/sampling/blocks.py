@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rscli.api import Noise
-from rscli.engine.seeds import block_generator
+from rscli.runtime.seeds import block_generator
 
 BLOCK = 64
 """Samples a block of noise; part of the protocol, since another size draws other noise."""

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from rscli.engine.signals import StopRequest
 from rscli.errors import InputError, Stopped
+from rscli.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store

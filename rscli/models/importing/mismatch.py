@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rscli.api import DataSpec
-from rscli.engine.fit import Fit
 from rscli.errors import InputError
+from rscli.models.importing.keys import Fit
 
 SHOWN = 20
 """Tensors that do not fit are listed up to this many of a sort: the wrong depth misses hundreds."""

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rscli.engine.files import opening, write_json, write_text, writing
-from rscli.engine.parts import missing_shards, part_path, parts_of, torn_of, union, whole_rows
-from rscli.engine.protocol import agree, protocol_path, read_protocol
-from rscli.engine.rows import HEADER, Row, format_row, parse_row
 from rscli.errors import InputError, RscliError
+from rscli.results.protocol import agree, protocol_path, read_protocol
+from rscli.results.rows import HEADER, Row, format_row, parse_row
+from rscli.results.shards import missing_shards, part_path, parts_of, torn_of, union, whole_rows
+from rscli.runtime.files import opening, write_json, write_text, writing
 
 SYNC_SECONDS = 1.0
 """Rows reach the operating system at once; the disk is waited for this often at most."""

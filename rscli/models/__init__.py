@@ -1,0 +1,1 @@
+"""Networks with their normalisation, and model files."""

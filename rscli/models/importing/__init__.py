@@ -1,0 +1,1 @@
+"""Other people's checkpoints: read, matched with a network, and turned into model files."""

@@ -1,0 +1,1 @@
+"""Result files: rows, reader, writer, shards, and the protocol beside them."""

@@ -1,0 +1,1 @@
+"""What everything runs on: devices and memory, random keys, signals, progress, whole files."""

@@ -1,0 +1,1 @@
+"""Noisy predictions, counted: the sampler, its noise, its threads, and how fast it may go."""

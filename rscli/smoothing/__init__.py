@@ -1,0 +1,1 @@
+"""Certification and prediction with a smoothed classifier."""

@@ -1,0 +1,1 @@
+"""Training runs: the trainer, the run folder, checkpoints and metrics."""
