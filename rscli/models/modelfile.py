@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rscli.api import Architecture, Dataset, DataSpec, Noise, Plugin
+from rscli.api import Architecture, DataSpec, Noise, Plugin
 from rscli.errors import InputError, PluginError
 from rscli.models.network import Classifier, build_classifier
+from rscli.models.smoothed import Smoothed, Source
 from rscli.registry import Registry, installed
 from rscli.runtime.files import replacing
 
@@ -47,21 +47,6 @@ class ModelCard(BaseModel):
     sha256: str = ""
 
 
-@dataclass(frozen=True)
-class Model:
-    """A loaded model: its card, the classifier (on the CPU, in eval mode), its plugins, and the digest of the file."""
-
-    card: ModelCard
-    classifier: Classifier
-    noise: Noise
-    sha256: str
-    path: Path
-
-    def dataset(self) -> Dataset:
-        """The data set that the model was trained on. Raises `PluginError` if its plugin is not installed."""
-        return cast(Dataset, _plugin(installed(), "datasets", self.card.data, self.card, self.path))
-
-
 def save_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
     """Writes the model file atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.network.state_dict().items()}
@@ -73,8 +58,8 @@ def save_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
         beside.write_bytes(data)
 
 
-def load_model(path: Path) -> Model:
-    """Reads a model file, checks it, and rebuilds the classifier.
+def load_model(path: Path) -> Smoothed:
+    """Reads a model file, checks it, and rebuilds the classifier: on the CPU, in eval mode.
 
     Raises `InputError` if the file is missing, foreign, truncated, of a newer format, or its tensors are not those it was
     written with; `PluginError` if a plugin it needs is not installed.
@@ -89,15 +74,28 @@ def load_model(path: Path) -> Model:
             "Copy it again, or train anew.",
         )
     registry = installed()
-    skeleton = {**card.arch, "pretrained": False} if "pretrained" in card.arch else card.arch  # the weights are in the file
-    architecture = cast(Architecture, _plugin(registry, "architectures", skeleton, card, path))
+    architecture = cast(Architecture, _plugin(registry, "architectures", card.arch, card, path))
     noise = cast(Noise, _plugin(registry, "noises", card.noise, card, path))
-    classifier = build_classifier(architecture, card.spec)
+    classifier = build_classifier(architecture, card.spec, weights=False)
     try:
         classifier.network.load_state_dict(tensors)
     except RuntimeError as cause:
         raise InputError(f"the weights in {path} do not fit its architecture {card.arch['name']!r}: {cause}") from cause
-    return Model(card, classifier.eval(), noise, file_digest(path), path)
+    return Smoothed(
+        classifier.eval(),
+        noise,
+        card.spec.class_names,
+        shape=card.spec.shape,
+        transform=card.spec.test_transform,
+        source=Source(path, card, file_digest(path)),
+    )
+
+
+def card_of(model: Smoothed) -> ModelCard:
+    """What the model file of `model` says of itself. Raises `InputError` if it came from no model file."""
+    if model.source is None:
+        raise InputError("this classifier came from no model file, so there is nothing that describes it")
+    return model.source.card
 
 
 def file_digest(path: Path) -> str:
