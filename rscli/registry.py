@@ -87,9 +87,9 @@ class Registry:
 
         Raises `PluginError` as `load` does, and pydantic's `ValidationError` if the fields do not fit.
         """
-        fields = {key: value for key, value in section.items() if key != "name"}
         entry, variant = self.find(kind, str(section["name"]))
         plugin = load_entry(entry)
+        fields = {plugin.renamed.get(key, key): value for key, value in section.items() if key != "name"}
         if variant is not None:
             if plugin.variant is None:
                 raise PluginError(f"{entry} takes no variant, so {section['name']!r} means nothing", f"Write {entry.name!r}.")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -26,15 +26,19 @@ from rscli.models.smoothed import Smoothed, Source
 from rscli.registry import Registry, installed
 from rscli.runtime.files import replacing
 
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 
 
 class ModelCard(BaseModel):
-    """What a model file says of itself. Sections hold a plugin's `name` and fields; `plugins` says where each came from."""
+    """What a model file says of itself. Sections hold a plugin's `name` and fields; `plugins` says where each came from.
+
+    `preset` and `overrides` are what a run was started from, and what departs from it, by dotted key; `loss_state` has the
+    digests of what the loss kept by itself, such as soft labels. Format 1, of versions before, has none of these.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = FORMAT
+    format: Literal[1, 2] = FORMAT
     rscli: str
     arch: dict[str, Any]
     noise: dict[str, Any]
@@ -44,6 +48,9 @@ class ModelCard(BaseModel):
     config: dict[str, Any] | None = None
     epochs: int | None = None
     origin: str | None = None
+    preset: str | None = None
+    overrides: dict[str, Any] | None = None
+    loss_state: dict[str, str] = Field(default_factory=dict)
     sha256: str = ""
 
 
@@ -109,9 +116,14 @@ def content_digest(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> st
 
     A changed sigma would make wrong certificates as surely as changed weights.
     """
-    digest = hashlib.sha256(_canonical({**card, "sha256": ""}).encode())
+    return tensor_digest(tensors, _canonical({**card, "sha256": ""}).encode())
+
+
+def tensor_digest(tensors: Mapping[str, Tensor], begin: bytes = b"") -> str:
+    """SHA-256 over `begin` and the names, types, shapes and bytes of `tensors`, sorted by name."""
+    digest = hashlib.sha256(begin)
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
