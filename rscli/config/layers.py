@@ -209,7 +209,7 @@ def _head(nested: dict[str, Any], problems: Problems) -> TrainConfig | None:
 
 
 def _build_group(group: str, given: Any, problems: Problems) -> dict[str, Plugin]:
-    """The plugins of a section that holds several, by name: those that are given, and the usual one unless it is set to none."""
+    """The plugins of a section that holds several, by name: those given, and the usual one unless it is set to none."""
     if not isinstance(given, dict | None):
         problems.add((group,), f"is a section of plugins; write {group}.NAME={{}}")
         return {}
