@@ -46,7 +46,7 @@ def reference_seconds(options: CertifyOptions, images: int) -> float:
     """Seconds an image of the usual way, the mean of the first `images` of the run."""
     device, model = pick_device(options.sampling.device), load_model(options.model)
     split = open_split(model.dataset(), model.card.spec, options.split, options.data_dir)
-    classifier = model.classifier.to(device).eval()
+    classifier = model.network.to(device).eval()
     samples, classes = options.certifier["n0"] + options.certifier["n"], len(model.card.spec.class_names)
 
     def work() -> None:

@@ -44,7 +44,7 @@ class Manner:
 
     def sampler(self, model: Model, device: torch.device) -> Sampler:
         """Our engine, with a network of its own."""
-        network: Any = deepcopy(model.classifier).to(device).to(memory_format=memory_layout(self.channels_last)).eval()
+        network: Any = deepcopy(model.network).to(device).to(memory_format=memory_layout(self.channels_last)).eval()
         if self.compiled:
             network = torch.compile(network, dynamic=False)
         return Sampler(
