@@ -1,4 +1,4 @@
-"""The shipped presets against the papers' settings, typed here by hand from methods.md; and how anybody's presets are found."""
+"""The shipped presets against the papers' settings, typed here by hand from docs/methods.md; and how anybody's presets are found."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ TABLE = {
 }
 OWN_CHOICES = {("imagenet", "stability"), ("imagenet", "macer"), ("imagenet", "smoothadv-cons")}
 
-# preset -> ACR, typed from the tables of methods.md (four digits at most, rounded there)
+# preset -> ACR, typed from the tables of docs/reproduce.md (four digits at most, rounded there)
 ACR = {
     ("mnist", "gaussian"): (0.9108, 1.5581, 1.6184),
     ("mnist", "stability"): (0.9152, 1.5719, 1.6341),

@@ -104,7 +104,7 @@ def test_clopper_pearson_intervals_are_exact(pair):
 
 
 def test_how_many_certificates_may_be_wrong(tmp_path):
-    """certification.md: of 500 at alpha .001, 4 at confidence .999."""
+    """docs/certification.md: of 500 at alpha .001, 4 at confidence .999."""
     path = write(tmp_path / "a.tsv", [(i, 0, 0, 1.0) for i in range(500)])
     assert compared(path).summaries[0].may_be_wrong == 4
 

@@ -1,6 +1,6 @@
 """How to sample fastest here: a trial of a few seconds, over memory layouts, batch sizes and lanes, and maybe torch.compile.
 
-The best choice differs by machine and network (certification.md measured factors of 4 to 6 on one CPU), so it is measured and
+The best choice differs by machine and network (bench/README.md has factors of 4 to 6 on one CPU), so it is measured and
 reported, not assumed. What is measured is the engine itself, noise and counting included.
 """
 
