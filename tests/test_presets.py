@@ -1,4 +1,4 @@
-"""The shipped presets against the papers' settings, typed here by hand from docs/methods.md; and how anybody's presets are found."""
+"""The shipped presets against the papers' settings, typed here from docs/methods.md; and how anybody's presets are found."""
 
 from __future__ import annotations
 
