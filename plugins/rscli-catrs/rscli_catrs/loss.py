@@ -27,7 +27,8 @@ class CatRs(Loss):
 
     delta_i* is delta_i after `steps` (T) steps of length 2 epsilon / T along the gradient of the mean over i of
     KL(pb || softmax f(x + delta_i)), each brought back to |delta_i* - delta_i| <= epsilon; at the end its mean and standard
-    deviation over the pixels are made those of delta_i again. It is found in eval mode; the two forwards update batch-norm statistics twice per step.
+    deviation over the pixels are made those of delta_i again. It is found in eval mode; the two forwards update batch-norm
+    statistics twice per step.
 
     pb(x) are the vote shares of a smoothed classifier that was trained with Gaussian noise of sigma 0.25, smoothed at 0.25,
     whatever the sigma of this training. They are made before the first step from the model file `teacher`, and kept in the file

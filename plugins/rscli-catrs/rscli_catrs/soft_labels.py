@@ -33,7 +33,7 @@ def read_or_make(context: TrainContext, file: Path | None, teacher: Path | None,
 
 
 def make(context: TrainContext, teacher: Path, votes: int) -> Tensor:
-    """The vote shares (images, classes), float32, of `votes` noisy copies of each training image under the teacher's own noise."""
+    """The vote shares (images, classes), float32, of `votes` copies of each training image under the teacher's own noise."""
     import torch
 
     network, noise = context.load_model(teacher)
@@ -75,7 +75,7 @@ def read(file: Path, images: int, classes: int) -> Tensor:
         ) from cause
     if tuple(labels.shape) != (images, classes):
         raise InputError(
-            f"the soft labels in {file} are of {tuple(labels.shape)} (images, classes), the training data have {(images, classes)}",
+            f"the soft labels in {file} are {tuple(labels.shape)} (images, classes), the training data {(images, classes)}",
             "Name another file: --set loss.soft_labels=FILE.",
         )
     if not (labels.min() >= 0 and (labels.sum(-1) - 1).abs().max() < 1e-3):

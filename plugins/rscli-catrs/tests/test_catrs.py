@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from rscli.api import Noise, TrainContext, TrainStep
 from rscli.errors import InputError
 from rscli_catrs.loss import CatRs, _like
 from rscli_catrs.soft_labels import make, read, read_or_make, write
-from torch import nn
 
 CLASSES, SHAPE, BATCH = 3, (1, 2, 3), 6
 

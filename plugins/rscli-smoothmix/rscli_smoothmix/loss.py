@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 class SmoothMix(Loss):
     """Cross-entropy under noise, plus a mixup along the way to an unbounded adversarial image, which is to be unsure.
 
-    With pbar(x) the mean of the m copies' softmax f(x + delta_i), and J(x) = -log max(pbar(x)_y, 1e-20): from the image x, `steps`
-    (T) steps of length alpha along the gradient of J, kept in [0, 1], lead to x_T. Nothing bounds its distance from x. Then, with
-    lam ~ U(0, 1/2) for each image,
+    With pbar(x) the mean of the m copies' softmax f(x + delta_i), and J(x) = -log max(pbar(x)_y, 1e-20): from the image x,
+    `steps` (T) steps of length alpha along the gradient of J, kept in [0, 1], lead to x_T. Nothing bounds its distance from x.
+    Then, with lam ~ U(0, 1/2) for each image,
 
         x_mix = (1 - lam) x_c + lam x_T          y_mix = (1 - lam) pbar(x_c) + lam / classes
         L = 1/(mB) sum_B sum_i CE(f(x_c + delta_i), y)
             + eta w / (mB) sum over the images with argmax pbar(x_c) = y, and i, of KL(y_mix || softmax f(x_mix + delta_i))
 
-    x_c is x with one_step = false; with one_step = true it is the first step, brought back to a distance of alpha w. w grows from
-    1/warmup to 1 over the first `warmup` epochs. The target y_mix is not detached. The same noise is used throughout; the
+    x_c is x with one_step = false; with one_step = true it is the first step, brought back to a distance of alpha w. w grows
+    from 1/warmup to 1 over the first `warmup` epochs. The target y_mix is not detached. The same noise is used throughout; the
     adversarial image is found in eval mode, and the two forwards update batch-norm statistics twice per step.
 
-    Where we may differ from the authors' code: a step is alpha |g| / (|g| + 1e-8) long, shorter where the gradient is below 1e-8.
+    Where we may differ from the authors' code: a step is alpha |g| / (|g| + 1e-8) long, shorter where the gradient is below
+    1e-8.
     """
 
     m: int = Field(4, ge=1, le=4096, description="noisy copies of an image")

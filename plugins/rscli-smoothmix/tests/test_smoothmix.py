@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from rscli.api import Noise, Position, TrainStep
 from rscli_smoothmix.loss import SmoothMix
-from torch import nn
 
 CLASSES, SHAPE, BATCH = 3, (1, 2, 3), 5
 
@@ -124,7 +125,7 @@ class Fixed:
     """The loss with given adversarial images."""
 
     def __init__(self, adversaries, loss) -> None:
-        self.loss = type("Given", (SmoothMix,), {"_adversaries": lambda self, step: adversaries})(**loss.model_dump())
+        self.loss = type("Given", (SmoothMix,), {"_adversaries": lambda *_: adversaries})(**loss.model_dump())
 
     def step(self, step):
         return self.loss.step(step)
