@@ -44,7 +44,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/mypy -p rscli -p rscli_core && $(BIN)/mypy bench/*.py
+	$(BIN)/mypy -p rscli -p rscli_core -p rscli_smoothmix -p rscli_catrs && $(BIN)/mypy bench/*.py
 
 check: lint types test
 

@@ -34,12 +34,22 @@ class Entry:
 class Registry:
     """The plugins that the installed packages announce."""
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry], defaults: Mapping[str, str] | None = None) -> None:
+        self._defaults = dict(defaults or {})
         self._entries = sorted(entries, key=lambda e: (KINDS.index(e.kind), e.name, e.package))
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Every announced plugin, or those of one `kind`, sorted by name."""
         return [entry for entry in self._entries if kind in (None, entry.kind)]
+
+    def default(self, kind: str) -> str:
+        """The name of the plugin of a `kind` that is used where none is named. Raises `PluginError` if there is none.
+
+        Core plugins announce it in the entry-point group `rscli.defaults`, as `noises = "NAME"`.
+        """
+        if kind not in self._defaults:
+            raise PluginError(f"no installed package says which of the {kind} is the usual one", "Install rscli again.")
+        return self._defaults[kind]
 
     def find(self, kind: str, name: str) -> tuple[Entry, str | None]:
         """The entry called `name`, and the variant behind its slash (`timm/resnet18` is `timm` and `resnet18`).
@@ -77,9 +87,9 @@ class Registry:
 
         Raises `PluginError` as `load` does, and pydantic's `ValidationError` if the fields do not fit.
         """
-        fields = {key: value for key, value in section.items() if key != "name"}
         entry, variant = self.find(kind, str(section["name"]))
         plugin = load_entry(entry)
+        fields = {plugin.renamed.get(key, key): value for key, value in section.items() if key != "name"}
         if variant is not None:
             if plugin.variant is None:
                 raise PluginError(f"{entry} takes no variant, so {section['name']!r} means nothing", f"Write {entry.name!r}.")
@@ -100,7 +110,8 @@ def installed() -> Registry:
         for point in metadata.entry_points(group=f"rscli.{kind}"):
             package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
             found[Entry(kind, point.name, package, version, point.value)] = None
-    return Registry(found)
+    usual = {point.name: point.value for point in metadata.entry_points(group="rscli.defaults")}
+    return Registry(found, usual)
 
 
 @cache

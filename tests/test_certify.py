@@ -175,7 +175,7 @@ def test_a_row_of_another_seed_is_the_recount_of_that_seed(model, tmp_path):
     certify(options(model, out, start=81, max=1, sampling=SamplingOptions(device="cpu", seed=7)), Silent())
     (row,) = [parse_row(line) for line in out.read_text().splitlines()[1:]]
     assert (row.count, row.runner_up) == (recount(model, 81, 7)["count"], recount(model, 81, 7)["runner_up"])
-    assert recount(model, 81, 7)["count"] != recount(model, 81, 0)["count"]
+    assert any(recount(model, index, 7) != recount(model, index, 0) for index in range(81, 86))  # one may agree by chance
 
 
 def test_an_abstention_has_radius_zero_and_is_not_correct(whole):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -56,7 +56,7 @@ def predict(
             emit_json_line(_plain(prediction))
     if not json:
         order = {path: position for position, path in enumerate(paths)}
-        _show(sorted(found, key=lambda p: order[p.path]), certify)
+        _show(sorted(found, key=lambda p: order[cast(Path, p.path)]), certify)
     if any(prediction.error for prediction in found):
         raise typer.Exit(1)
 

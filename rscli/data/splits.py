@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +46,16 @@ def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, down
     return files.in_memory() if cache else files
 
 
+class Batch(NamedTuple):
+    """Images of a training batch: float32 (b, channel, height, width) in [0, 1]; their labels, int64 (b,); and their places in
+    the split, int64 (b,), on the CPU.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
 # --- splits ------------------------------------------------------------------------------------------------------------------
 
 
@@ -74,8 +85,8 @@ class Split(ABC):
     @abstractmethod
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The augmented training batches of an epoch, on `device`: float32 (b, channel, height, width) in [0, 1], int64 (b,).
+    ) -> Iterator[Batch]:
+        """The augmented training batches of an epoch, on `device`.
 
         Every image comes once, in an order that depends on `seed` and `epoch` alone. The first `start` batches are skipped
         without being read. Each of `world` processes gets its `rank`-th slice of every batch of `batch` images: slices differ
@@ -128,7 +139,7 @@ class MemorySplit(Split):
 
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Batch]:
         """See `Split.batches`. Augmentations are keyed by the batch's number."""
         images, labels = self._on(torch.device(device))
         change = self.spec.augmentation
@@ -139,7 +150,7 @@ class MemorySplit(Split):
                 # Drawn for the whole batch, so that an image is moved alike however many processes share the batch.
                 moves = draw_moves(part.size, change, generator("cpu", seed, "augment", epoch, part.number))
                 taken = apply_moves(taken, change.padding, Moves(*(each[part.rows] for each in moves)))
-            yield to_unit(taken), labels[indices]
+            yield Batch(to_unit(taken), labels[indices], part.indices)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._moved[0].device != device:
@@ -181,7 +192,7 @@ class FileSplit(Split):
 
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Batch]:
         """See `Split.batches`. Augmentations are keyed by the image's index."""
         device = torch.device(device)
         parts = self._parts(seed=seed, epoch=epoch, batch=batch, start=start, rank=rank, world=world)
@@ -189,7 +200,7 @@ class FileSplit(Split):
         pixels = self._read(reader, [part.indices.numpy() for part in parts], pin=device.type == "cuda")
         for part, images in zip(parts, pixels, strict=True):
             labels = torch.from_numpy(self.labels[part.indices.numpy()])
-            yield to_unit(images.to(device, non_blocking=True)), labels.to(device)
+            yield Batch(to_unit(images.to(device, non_blocking=True)), labels.to(device), part.indices)
 
     def in_memory(self) -> MemorySplit:
         """The same split, every file decoded now with the test transform. Raises `InputError`, naming one that is broken."""

@@ -10,31 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rscli.api import Architecture, Dataset, DataSpec, Noise, Plugin
+from rscli.api import Architecture, DataSpec, Noise, Plugin
 from rscli.errors import InputError, PluginError
 from rscli.models.network import Classifier, build_classifier
+from rscli.models.smoothed import Smoothed, Source
 from rscli.registry import Registry, installed
 from rscli.runtime.files import replacing
 
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 
 
 class ModelCard(BaseModel):
-    """What a model file says of itself. Sections hold a plugin's `name` and fields; `plugins` says where each came from."""
+    """What a model file says of itself. Sections hold a plugin's `name` and fields; `plugins` says where each came from.
+
+    `preset` and `overrides` are what a run was started from, and what departs from it, by dotted key; `loss_state` has the
+    digests of what the loss kept by itself, such as soft labels. Format 1, of versions before, has none of these.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = FORMAT
+    format: Literal[1, 2] = FORMAT
     rscli: str
     arch: dict[str, Any]
     noise: dict[str, Any]
@@ -44,22 +48,10 @@ class ModelCard(BaseModel):
     config: dict[str, Any] | None = None
     epochs: int | None = None
     origin: str | None = None
+    preset: str | None = None
+    overrides: dict[str, Any] | None = None
+    loss_state: dict[str, str] = Field(default_factory=dict)
     sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A loaded model: its card, the classifier (on the CPU, in eval mode), its plugins, and the digest of the file."""
-
-    card: ModelCard
-    classifier: Classifier
-    noise: Noise
-    sha256: str
-    path: Path
-
-    def dataset(self) -> Dataset:
-        """The data set that the model was trained on. Raises `PluginError` if its plugin is not installed."""
-        return cast(Dataset, _plugin(installed(), "datasets", self.card.data, self.card, self.path))
 
 
 def save_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
@@ -73,8 +65,8 @@ def save_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
         beside.write_bytes(data)
 
 
-def load_model(path: Path) -> Model:
-    """Reads a model file, checks it, and rebuilds the classifier.
+def load_model(path: Path) -> Smoothed:
+    """Reads a model file, checks it, and rebuilds the classifier: on the CPU, in eval mode.
 
     Raises `InputError` if the file is missing, foreign, truncated, of a newer format, or its tensors are not those it was
     written with; `PluginError` if a plugin it needs is not installed.
@@ -89,15 +81,28 @@ def load_model(path: Path) -> Model:
             "Copy it again, or train anew.",
         )
     registry = installed()
-    skeleton = {**card.arch, "pretrained": False} if "pretrained" in card.arch else card.arch  # the weights are in the file
-    architecture = cast(Architecture, _plugin(registry, "architectures", skeleton, card, path))
+    architecture = cast(Architecture, _plugin(registry, "architectures", card.arch, card, path))
     noise = cast(Noise, _plugin(registry, "noises", card.noise, card, path))
-    classifier = build_classifier(architecture, card.spec)
+    classifier = build_classifier(architecture, card.spec, weights=False)
     try:
         classifier.network.load_state_dict(tensors)
     except RuntimeError as cause:
         raise InputError(f"the weights in {path} do not fit its architecture {card.arch['name']!r}: {cause}") from cause
-    return Model(card, classifier.eval(), noise, file_digest(path), path)
+    return Smoothed(
+        classifier.eval(),
+        noise,
+        card.spec.class_names,
+        shape=card.spec.shape,
+        transform=card.spec.test_transform,
+        source=Source(path, card, file_digest(path)),
+    )
+
+
+def card_of(model: Smoothed) -> ModelCard:
+    """What the model file of `model` says of itself. Raises `InputError` if it came from no model file."""
+    if model.source is None:
+        raise InputError("this classifier came from no model file, so there is nothing that describes it")
+    return model.source.card
 
 
 def file_digest(path: Path) -> str:
@@ -111,9 +116,14 @@ def content_digest(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> st
 
     A changed sigma would make wrong certificates as surely as changed weights.
     """
-    digest = hashlib.sha256(_canonical({**card, "sha256": ""}).encode())
+    return tensor_digest(tensors, _canonical({**card, "sha256": ""}).encode())
+
+
+def tensor_digest(tensors: Mapping[str, Tensor], begin: bytes = b"") -> str:
+    """SHA-256 over `begin` and the names, types, shapes and bytes of `tensors`, sorted by name."""
+    digest = hashlib.sha256(begin)
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -32,11 +32,15 @@ class Normalize(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (batch, channel, height, width) in [0, 1] to logits (batch, classes)."""
+    """Images (batch, channel, height, width) in [0, 1] to logits (batch, classes).
 
-    def __init__(self, network: nn.Module, spec: DataSpec) -> None:
+    The normalisation of `spec` comes in front, unless the network `normalizes` by itself.
+    """
+
+    def __init__(self, network: nn.Module, spec: DataSpec, *, normalizes: bool = False) -> None:
         super().__init__()
-        self.normalize = Normalize(spec.mean, spec.std) if spec.mean is not None and spec.std is not None else nn.Identity()
+        known = spec.mean is not None and spec.std is not None and not normalizes
+        self.normalize = Normalize(spec.mean or (), spec.std or ()) if known else nn.Identity()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
@@ -45,13 +49,13 @@ class Classifier(nn.Module):
         return logits
 
 
-def build_classifier(architecture: Architecture, spec: DataSpec) -> Classifier:
-    """A freshly initialised classifier for the data of `spec`.
+def build_classifier(architecture: Architecture, spec: DataSpec, *, weights: bool = True) -> Classifier:
+    """A freshly initialised classifier for the data of `spec`; without `weights`, nothing pretrained is fetched.
 
     Raises `PluginError` if the network does not turn a batch of the announced shape into finite logits (batch, classes).
     """
     classes = len(spec.class_names)
-    classifier = Classifier(architecture.build(classes, spec.shape), spec)
+    classifier = Classifier(architecture.build(spec, weights=weights), spec, normalizes=architecture.normalizes)
     classifier.eval()
     with torch.inference_mode():
         out = classifier(torch.zeros(2, *spec.shape))

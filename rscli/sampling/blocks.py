@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +21,18 @@ BLOCK = 64
 """Samples a block of noise; part of the protocol, since another size draws other noise."""
 
 
-class Block:
-    """One block of an image's noise, drawn once, when it is first asked for."""
+class Apply(Protocol):
+    """How a distribution puts noise on images: `Noise.apply`."""
 
-    def __init__(self, draw: Callable[[], Tensor]) -> None:
-        self._draw = draw
+    def __call__(self, images: Tensor, noise: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The noisy images."""
+
+
+class Block:
+    """One block of an image's noise, drawn once, when it is first asked for; `apply` puts it on the image."""
+
+    def __init__(self, draw: Callable[[], Tensor], apply: Apply) -> None:
+        self._draw, self.apply = draw, apply
         self._lock = threading.Lock()
         self._noise: Tensor | None = None
 
@@ -38,7 +46,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive samples of one image: the image (channel, height, width) plus the noise `first` to `last` of a block."""
+    """Consecutive samples of one image: the image (channel, height, width) under the noise `first` to `last` of a block."""
 
     image: Tensor
     block: Block
@@ -52,7 +60,7 @@ class Piece:
 
     def into(self, out: Tensor) -> None:
         """Writes the noisy images to `out` (samples, channel, height, width)."""
-        torch.add(self.block.noise()[self.first : self.last], self.image, out=out)
+        self.block.apply(self.image, self.block.noise()[self.first : self.last], out=out)
 
     def parted(self, samples: int) -> tuple[Piece, Piece]:
         """The first `samples` of it, and the others."""
@@ -96,7 +104,8 @@ class NoiseBlocks:
         found = []
         for number in range(start // BLOCK, (end - 1) // BLOCK + 1):
             begin = number * BLOCK
-            block = self._kept.pop((key, number), None) or Block(self._drawing(key, number, tuple(image.shape)))
+            drawing = self._drawing(key, number, tuple(image.shape))
+            block = self._kept.pop((key, number), None) or Block(drawing, self.noise.apply)
             if end < begin + BLOCK:
                 self._kept[key, number] = block
                 if len(self._kept) > self.most:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,8 @@ from rscli.config.problems import Problems
 from rscli.config.settings import flatten
 from rscli.data.splits import Split, open_split
 from rscli.errors import InputError, RscliError, Stopped
-from rscli.models.modelfile import Model, load_model
+from rscli.models.modelfile import ModelCard, card_of, load_model
+from rscli.models.smoothed import Smoothed
 from rscli.registry import installed
 from rscli.results.protocol import protocol_path, read_protocol
 from rscli.results.shards import part_path, parts_of, union
@@ -28,8 +29,8 @@ from rscli.sampling.blocks import BLOCK
 from rscli.sampling.options import SamplingOptions, Work
 from rscli.sampling.requests import CertifierInquiry, Inquiry
 from rscli.sampling.sampler import Sampler
-from rscli.smoothing.cost import preview
-from rscli.smoothing.images import Images
+from rscli.smoothing.cost import at_most
+from rscli.smoothing.images import Images, row_of
 from rscli.smoothing.radii import decided_radii
 from rscli.smoothing.summary import Score, Tally
 from rscli.smoothing.work_queue import Ranks, join
@@ -76,8 +77,8 @@ def build_certifier(section: dict[str, Any]) -> Certifier:
     plugin = build_section("certifier", section, problems, kind="certifiers")
     problems.check()
     certifier = cast(Certifier, plugin)
-    if certifier.alpha ** (1 / certifier.n) < 0.5:
-        least = math.ceil(math.log(certifier.alpha) / math.log(0.5))
+    if certifier.largest_p_a(certifier.n) < 0.5:
+        least = 1 + bisect_left(range(1, 10**6), True, key=lambda n: certifier.largest_p_a(n) >= 0.5)
         raise InputError(
             f"--n is {certifier.n}, but at alpha {certifier.alpha:g} not even a unanimous vote of so few certifies anything",
             f"Use --n {least} or more.",
@@ -102,14 +103,14 @@ def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest) -> 
     model = load_model(options.model)
     certifier = build_certifier(options.certifier)
     options = replace(options, radii=decided_radii(certifier, model.noise, options.radii))
-    split = _open(model, options)
+    split = _open(card_of(model), options)
     wanted = _wanted(options, len(split))
-    images = Images(model, certifier, split, options.radii, labels=options.labels)
-    sampler, protocol = _prepare(model, images, options, ranks, progress, stop, wanted)
+    images = Images(model, certifier, split.image, options.radii, split.labels.__getitem__ if options.labels else None)
+    sampler, protocol = _prepare(model, images, split, options, ranks, progress, stop, wanted)
     with _begin(options, protocol, ranks, stop) as writer:
         for text in writer.notes if ranks.rank == 0 else ():
             progress.warn(text)
-        run = _Run(images, sampler, writer, ranks, progress, stop)
+        run = _Run(images, split, sampler, writer, ranks, progress, stop)
         return run.over(wanted, merge=options.shard is None)
 
 
@@ -117,11 +118,17 @@ class _Run:
     """One process's part of a certification."""
 
     def __init__(
-        self, images: Images, sampler: Sampler, writer: ResultWriter, ranks: Ranks, progress: Progress, stop: StopRequest
+        self,
+        images: Images,
+        split: Split,
+        sampler: Sampler,
+        writer: ResultWriter,
+        ranks: Ranks,
+        progress: Progress,
+        stop: StopRequest,
     ) -> None:
-        self.images, self.sampler, self.writer, self.ranks, self.progress, self.stop = (
-            images, sampler, writer, ranks, progress, stop
-        )  # fmt: skip
+        self.images, self.split, self.sampler, self.writer = images, split, sampler, writer
+        self.ranks, self.progress, self.stop = ranks, progress, stop
         self.score = Score(writer.rows)
         self.start = self.shown = self.decided = time.monotonic()
         self.done = self.opened = 0
@@ -136,7 +143,8 @@ class _Run:
         try:
             for inquiry in self.sampler.run(inquiries, self._tick):
                 before, self.decided = self.decided, time.monotonic()
-                row = self.images.row(cast(CertifierInquiry, inquiry), self.decided - before)
+                certificate = self.images.certificate(cast(CertifierInquiry, inquiry))
+                row = row_of(certificate, int(self.split.labels[certificate.index]), self.decided - before)
                 self.writer.append(row)
                 self.opened -= 1
                 self.score.add(row)
@@ -161,7 +169,7 @@ class _Run:
             samples = self.ranks.add("samples", 0)
         self.ranks.leave(self.stop)
         seconds = time.monotonic() - self.start
-        return self.score.tally(self.writer.path, self.images.radii.values(), samples, seconds)
+        return self.score.tally(self.writer.path, self.images.radii, samples, seconds)
 
     def _inquire(self, index: int) -> Inquiry:
         self.opened += 1
@@ -180,8 +188,9 @@ class _Run:
 
 
 def _prepare(
-    model: Model,
+    model: Smoothed,
     images: Images,
+    split: Split,
     options: CertifyOptions,
     ranks: Ranks,
     progress: Progress,
@@ -204,9 +213,8 @@ def _prepare(
     if choice.speed is not None:
         progress.note(f"trial: {choice}: {choice.speed:,.0f} samples/s")
     if choice.speed is not None and not info:  # of a run that goes on, most may be done
-        for line in preview(images, wanted, sampler, choice.speed, ranks.world, lambda: stop.requested):
-            progress.note(line)
-    return sampler, _protocol(model, certifier, images.split, sampler, choice, options)
+        progress.note(at_most(images, wanted[0], len(wanted), choice.speed, ranks.world))
+    return sampler, _protocol(model, certifier, split, sampler, choice, options)
 
 
 def _see_protocol(out: Path) -> None:
@@ -251,9 +259,8 @@ def _shard_name(shard: tuple[int, int]) -> str:
     return f"shard-{shard[0]}-of-{shard[1]}"
 
 
-def _open(model: Model, options: CertifyOptions) -> Split:
+def _open(card: ModelCard, options: CertifyOptions) -> Split:
     """The split to certify, read as the model wants its input."""
-    card = model.card
     problems = Problems({**flatten({"data": card.data}, "model file"), **flatten({"data": options.data}, "--set")})
     plugin = build_section("data", {**card.data, **options.data}, problems)
     problems.check()
@@ -290,18 +297,19 @@ def _wanted(options: CertifyOptions, images: int) -> list[int]:
 
 
 def _protocol(
-    model: Model, certifier: Certifier, split: Split, sampler: Sampler, choice: Choice, options: CertifyOptions
+    model: Smoothed, certifier: Certifier, split: Split, sampler: Sampler, choice: Choice, options: CertifyOptions
 ) -> dict[str, Any]:
     """What the rows depend on; `info` holds what they do not, or only in the last bits of the network's output."""
-    card, sampling = model.card, options.sampling
+    card, sampling = card_of(model), options.sampling
     origin = installed().provenance("certifiers", options.certifier["name"])
     return {
         "format": 1,
-        "model_sha256": model.sha256,
+        "model_sha256": model.source.sha256 if model.source else None,
         "dataset": card.data["name"],
         "split": options.split,
         "data_sha256": split.fingerprint(),
         "noise": card.noise,
+        "norm": model.noise.norm,
         "sigma": model.noise.sigma,
         "certifier": {"name": origin.name, "package": origin.package, **fields_of(certifier)},
         "n0": certifier.n0,

@@ -1,51 +1,80 @@
-"""What is asked about each image of a split, and the row that the answer becomes."""
+"""What is asked about each image, and the certificate that the answer becomes."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from functools import partial
 
-from rscli.api import Certifier, Question
-from rscli.data.splits import Split
-from rscli.models.modelfile import Model
+import numpy as np
+from torch import Tensor
+
+from rscli.api import Certificate, Certifier, Question
+from rscli.models.smoothed import Smoothed
 from rscli.results.rows import Row
 from rscli.sampling.requests import CertifierInquiry, Inquiry
 from rscli.smoothing.radii import certified_radius
 
 
 class Images:
-    """Makes the inquiry for an image of `split`, and the row from its answer.
+    """Makes the inquiry for the image at an index, and the certificate from its answer.
 
-    `radii` are those that the certifier decides, if it decides given ones; with `labels`, the class under test is the label.
+    `image` gives the image at an index, float32 (channel, height, width) in [0, 1] on the CPU. `radii` are those that the
+    certifier decides, if it decides given ones; with `label`, the class under test is the one that it gives.
     """
 
-    def __init__(self, model: Model, certifier: Certifier, split: Split, radii: tuple[float, ...], *, labels: bool) -> None:
-        self.noise, self.certifier, self.split, self.labels = model.noise, certifier, split, labels
-        self.classes = len(model.card.spec.class_names)
-        self.radii = {model.noise.probability(radius): radius for radius in radii}
+    def __init__(
+        self,
+        model: Smoothed,
+        certifier: Certifier,
+        image: Callable[[int], Tensor],
+        radii: tuple[float, ...] = (),
+        label: Callable[[int], int] | None = None,
+    ) -> None:
+        self.model, self.certifier, self.image, self.radii, self.label = model, certifier, image, radii, label
+        self.thresholds = tuple(model.noise.probability(radius) for radius in radii)
 
     def question(self, index: int) -> Question:
         """What the certifier is asked about the image at `index`."""
-        return Question(self.classes, tuple(self.radii), int(self.split.labels[index]) if self.labels else None)
+        label = None if self.label is None else int(self.label(index))
+        return Question(self.model.classes, self.thresholds, label)
 
     def inquire(self, index: int) -> Inquiry:
-        """The inquiry about the image at `index`."""
-        return CertifierInquiry(self.certifier, self.question(index), index, lambda: self.split.image(index))
+        """The inquiry about the image at `index`, which is the key of its noise."""
+        return CertifierInquiry(self.certifier, self.question(index), index, partial(self.image, index))
 
-    def row(self, inquiry: CertifierInquiry, seconds: float) -> Row:
-        """The row of a finished inquiry."""
+    def certificate(self, inquiry: CertifierInquiry) -> Certificate:
+        """The certificate of a finished inquiry."""
         assert inquiry.decision is not None and inquiry.plan is not None and inquiry.counts is not None  # noqa: PT018
-        decision, candidate, label = inquiry.decision, inquiry.plan.candidate, int(self.split.labels[inquiry.key])
-        return Row(
-            idx=inquiry.key,
-            label=label,
+        decision = inquiry.decision
+        return Certificate(
+            index=inquiry.key,
             predict=decision.predict,
-            radius=certified_radius(decision, self.noise, self.radii),
-            correct=decision.predict == label,
-            seconds=seconds,
+            radius=certified_radius(decision, self.model.noise, self.radii),
+            p_a=decision.p_a,
+            p_b=decision.p_b,
             n0=inquiry.n0,
             n=inquiry.n,
-            count=int(inquiry.counts[candidate]),
-            runner_up=int(np.delete(inquiry.counts, candidate).max(initial=0)),
+            counts=inquiry.counts,
+            candidate=inquiry.plan.candidate,
             reason=decision.reason,
             saturated=decision.saturated,
         )
+
+
+def row_of(certificate: Certificate, label: int, seconds: float) -> Row:
+    """The row of a result file that says what was certified of an image with this `label`."""
+    counts, candidate = certificate.counts, certificate.candidate
+    return Row(
+        idx=certificate.index,
+        label=label,
+        predict=certificate.predict,
+        radius=certificate.radius,
+        correct=certificate.predict == label,
+        seconds=seconds,
+        n0=certificate.n0,
+        n=certificate.n,
+        count=int(counts[candidate]),
+        runner_up=int(np.delete(counts, candidate).max(initial=0)),
+        reason=certificate.reason,
+        saturated=certificate.saturated,
+    )

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
+from rscli.data.splits import to_unit
 from rscli.data.transforms import load_image
 from rscli.errors import InputError, Stopped
-from rscli.models.modelfile import Model
+from rscli.models.smoothed import Smoothed
 from rscli.runtime.progress import Progress
 from rscli.runtime.seeds import derive
 from rscli.runtime.signals import stop_requests
@@ -52,12 +55,12 @@ class MajorityVote(Certifier):
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image: class index and name (ABSTAIN for none), its share of the samples, and maybe a radius.
+    """The answer for one image: class index and name (ABSTAIN for none), its share of the `n` samples, and maybe a radius.
 
-    `error` is set, and the rest empty, for an image that could not be read.
+    `path` is None for an image in memory. `error` is set, and the rest empty, for a file that could not be read.
     """
 
-    path: Path
+    path: Path | None = None
     label: int = ABSTAIN
     name: str = "ABSTAIN"
     share: float = 0.0
@@ -66,16 +69,15 @@ class Prediction:
     error: str | None = None
 
 
-class _Image:
-    """An image to predict, read once; its noise is keyed by its pixels, not by its name or its place in the list."""
+def image_key(pixels: Tensor) -> int:
+    """The key of an image's noise: its pixels (channel, height, width) decide, not its name or its place in a list.
 
-    def __init__(self, path: Path, model: Model) -> None:
-        self.path = path
-        self.pixels = load_image(path, model.card.spec.test_transform)
-        self.key = derive(0, "image", hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest())
-
-    def load(self) -> Tensor:
-        return self.pixels.float() / 255
+    Pixels are uint8, or float32 in [0, 1]; where these are 255ths, both give the same key.
+    """
+    if pixels.is_floating_point():
+        levels = (pixels * 255).round().to(torch.uint8)
+        pixels = levels if torch.equal(to_unit(levels), pixels) else pixels
+    return derive(0, "image", hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest())
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -111,7 +113,7 @@ def vote(n: int, alpha: float) -> MajorityVote:
 
 
 def predict(
-    model: Model, paths: Sequence[Path], certifier: Certifier, sampling: SamplingOptions, progress: Progress
+    model: Smoothed, paths: Sequence[Path], certifier: Certifier, sampling: SamplingOptions, progress: Progress
 ) -> Iterator[Prediction]:
     """Predicts every image of `paths`; yields a prediction each, in order of completion, broken images first of their kind.
 
@@ -119,7 +121,9 @@ def predict(
     """
     work = Work(len(paths) * (certifier.n0 + certifier.n))
     sampler, _ = sampling.sampler(model, work, {}, progress, lambda: False)
-    classes = len(model.card.spec.class_names)
+    if model.transform is None:
+        raise InputError("this classifier does not say how files become images", "Give it a transform.")
+    transform = model.transform
     broken: list[Prediction] = []
     opened: dict[int, Path] = {}
     done = 0
@@ -127,11 +131,11 @@ def predict(
     def inquiries() -> Iterator[Inquiry]:
         for path in paths:
             try:
-                image = _Image(path, model)
+                pixels = load_image(path, transform)
             except InputError as error:
                 broken.append(Prediction(path, error=error.message))
                 continue
-            inquiry = CertifierInquiry(certifier, Question(classes), image.key, image.load)
+            inquiry = CertifierInquiry(certifier, Question(model.classes), image_key(pixels), partial(to_unit, pixels))
             opened[id(inquiry)] = path
             yield inquiry
 
@@ -141,7 +145,7 @@ def predict(
             for inquiry in sampler.run(inquiries(), lambda: stop.requested):
                 done += 1
                 progress.update(done + len(broken), {})
-                yield _prediction(opened.pop(id(inquiry)), cast(CertifierInquiry, inquiry), model)
+                yield prediction_of(cast(CertifierInquiry, inquiry), model, opened.pop(id(inquiry)))
             if stop.requested:
                 raise Stopped(f"stopped as asked, after {done} images", exit_code=stop.exit_code)
     finally:
@@ -149,11 +153,12 @@ def predict(
     yield from broken
 
 
-def _prediction(path: Path, inquiry: CertifierInquiry, model: Model) -> Prediction:
+def prediction_of(inquiry: CertifierInquiry, model: Smoothed, path: Path | None = None) -> Prediction:
+    """What a finished inquiry says of an image."""
     decision, counts = inquiry.decision, inquiry.counts
     if decision is None or counts is None:
         raise RuntimeError("an inquiry ended without a decision")
     top = int(counts.argmax()) if decision.predict == ABSTAIN else decision.predict
-    name = "ABSTAIN" if decision.predict == ABSTAIN else model.card.spec.class_names[decision.predict]
+    name = "ABSTAIN" if decision.predict == ABSTAIN else model.class_names[decision.predict]
     radius = None if isinstance(inquiry.certifier, MajorityVote) else certified_radius(decision, model.noise)
     return Prediction(path, decision.predict, name, int(counts[top]) / max(inquiry.n, 1), inquiry.n, radius)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 from rscli.api import ABSTAIN, Certifier, Decision, Noise
 from rscli.errors import InputError, PluginError
@@ -12,15 +13,14 @@ GRID_STEP = 0.25
 """Distance of the radii of the default grid, in [0, 1] pixels: the field's tables have these."""
 
 
-def certified_radius(decision: Decision, noise: Noise, radii: dict[float, float] | None = None) -> float:
-    """The radius of a decision: 0 for an abstention; exactly a wanted radius, if `p_a` is that radius' threshold in `radii`.
+def certified_radius(decision: Decision, noise: Noise, radii: Sequence[float] = ()) -> float:
+    """The radius of a decision: 0 for an abstention; exactly one of the wanted `radii`, if these were decided.
 
     Raises `PluginError` if the noise gives a radius that is negative or not finite.
     """
     if decision.predict == ABSTAIN:
         return 0.0
-    radius = (radii or {}).get(decision.p_a)
-    radius = noise.radius(decision.p_a, decision.p_b) if radius is None else radius
+    radius = noise.radius(decision.p_a, decision.p_b) if decision.threshold is None else radii[decision.threshold]
     if not (math.isfinite(radius) and radius >= 0):
         raise PluginError(f"the noise {type(noise).__name__} gave the radius {radius}; it must be finite and not negative")
     return radius
@@ -39,6 +39,6 @@ def decided_radii(certifier: Certifier, noise: Noise, asked: tuple[float, ...]) 
 
 def grid_radii(certifier: Certifier, noise: Noise) -> tuple[float, ...]:
     """0, 0.25, 0.5, ... as far as n unanimous samples can prove."""
-    provable = certifier.alpha ** (1 / certifier.n)
+    largest = certifier.largest_p_a(certifier.n)
     grid = (place * GRID_STEP for place in itertools.count())
-    return tuple(itertools.takewhile(lambda radius: noise.probability(radius) < provable, grid))
+    return tuple(itertools.takewhile(lambda radius: noise.probability(radius) < largest, grid))

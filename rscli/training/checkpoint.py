@@ -58,17 +58,21 @@ def check_place(epoch: int, batch: int, *, epochs: int, batches: int) -> None:
         raise ValueError(f"it is at epoch {epoch + 1}, batch {batch}, of a run of {epochs} epochs with {batches} batches each")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if the state that was loaded is of other `settings`, or not of the parameters' shapes."""
-    for group in optimizer.param_groups:
-        for name, value in settings.items():
-            if group[name] != value:
-                raise ValueError(f"its optimiser has {name} {group[name]!r}, and the run has {value!r}")
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The settings of every group of parameters, but for the learning rate, which the schedule changes."""
+    return [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups]
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, wanted: list[dict[str, Any]]) -> None:
+    """Raises `ValueError` if the state that was loaded is of other settings than `wanted`, or not of the parameters' shapes."""
+    for found, group in zip(settings_of(optimizer), wanted, strict=True):
+        for name, value in group.items():
+            if found.get(name) != value:
+                raise ValueError(f"its optimiser has {name} {found.get(name)!r}, and the run has {value!r}")
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if isinstance(value, Tensor | None) and (value is None or value.shape == parameter.shape):
-                continue
-            raise ValueError(f"{name} of its optimiser does not have the shape of its parameter")
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} of its optimiser does not have the shape of its parameter")
 
 
 @contextmanager

@@ -32,11 +32,11 @@ def check_lonely_images(resolved: Resolved, classifier: nn.Module, spec: DataSpe
     step = TrainStep(
         model=deepcopy(classifier).train(),
         images=image,
+        clean=image,
+        indices=torch.zeros(1, dtype=torch.int64),
         labels=torch.zeros(1, dtype=torch.int64, device=device),
         noise=image.expand(resolved.loss.m, *image.shape),
-        sigma=resolved.noise.sigma,
-        epoch=0,
-        drops=0,
+        smoothing=resolved.noise,
         generator=torch.Generator(device),
     )
     try:

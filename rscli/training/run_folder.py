@@ -9,7 +9,6 @@ model.safetensors  the finished model
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,8 +17,10 @@ from typing import Any
 
 import torch
 
-from rscli.errors import InputError
-from rscli.runtime.files import read_json, replacing, write_json, write_text, writing
+from rscli.config.layers import rebuild
+from rscli.config.schema import GROUPS
+from rscli.errors import InputError, RscliError
+from rscli.runtime.files import read_json, replacing, write_json
 from rscli.training.checkpoint import check_position, remedy
 
 CHECKPOINT_FORMAT = 1
@@ -78,9 +79,7 @@ class RunFolder:
         if not self.checkpoint.exists():
             self._start(config, environment)
             return None
-        state = self.load()
-        self._keep_metrics(state["epoch"])
-        return state
+        return self.load()
 
     def save(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint. Raises `RscliError` if there is no room for it; the one before is kept."""
@@ -105,31 +104,32 @@ class RunFolder:
         check_position(state, self.checkpoint)
         return state
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Appends one line of metrics."""
-        with writing(self.metrics), self.metrics.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(line) + "\n")
-
     def _start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
         write_json(self.path / "environment.json", environment)
-        write_text(self.metrics, "")
         write_json(self.config, config)  # last: its presence says that there is a run
 
     def _same(self, config: dict[str, Any]) -> None:
         before = read_json(self.config, "configuration of the run")
         if not isinstance(before, dict):
             raise InputError(f"{self.config} is not the configuration of a run", "Choose another --out.")
-        differences = [
-            f"  {key}: {old!r} in {self.path}, {new!r} now" for key, old, new in _differences(before.get("config", {}), config)
-        ]
+        changed = _differences(_decisive(_as_now(before.get("config", {}))), _decisive(config))
+        differences = [f"  {key}: {old!r} in {self.path}, {new!r} now" for key, old, new in changed]
         if differences:
             text = "\n".join([f"{self.path} was started with another configuration:", *differences])
             raise InputError(text, "Use the same preset and settings to resume, or another --out for another run.")
 
-    def _keep_metrics(self, epochs: int) -> None:
-        """Drops lines of epochs that were not saved before the run was killed, and a torn last line."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        write_text(self.metrics, "".join(line + "\n" for line in lines[:epochs]))
+
+def _as_now(config: Any) -> Any:
+    """A recorded configuration in the words of this version; unchanged where it does not hold any more."""
+    try:
+        return rebuild(config).as_dict()
+    except (RscliError, AttributeError, TypeError, ValueError):
+        return config
+
+
+def _decisive(config: Any) -> Any:
+    """Without what only looks on, and may differ in a run that is resumed."""
+    return {key: value for key, value in config.items() if key not in GROUPS} if isinstance(config, dict) else config
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

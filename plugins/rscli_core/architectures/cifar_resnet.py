@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
-from rscli.api import Architecture, unit
+from rscli.api import Architecture, DataSpec, unit
 from rscli_core.architectures._sizes import check_size
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class CifarResNet(Architecture):
             )
         return depth
 
-    def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-        """A fresh network for images `input_shape` (channel, height, width). Raises `InputError` below 4x4 pixels."""
-        check_size("cifar-resnet", input_shape, smallest=4)
+    def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
+        """A fresh network for images `spec.shape` (channel, height, width). Raises `InputError` below 4x4 pixels."""
+        check_size("cifar-resnet", spec.shape, smallest=4)
         from rscli_core.architectures._resnet import Network
 
-        return Network(classes, input_shape[0], blocks=(self.depth - 2) // 6)
+        return Network(len(spec.class_names), spec.shape[0], blocks=(self.depth - 2) // 6)

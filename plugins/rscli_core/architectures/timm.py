@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from rscli.api import Architecture
+from rscli.api import Architecture, DataSpec
 from rscli.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,18 +40,23 @@ class TimmModel(Architecture):
             raise ValueError(f"kwargs must not set {', '.join(taken)}; rscli does: {RESERVED_HINT}")
         return kwargs
 
-    def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-        """A network for images `input_shape` (channel, height, width), which has taken one such image on trial.
+    def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
+        """A network for images `spec.shape` (channel, height, width), which has taken one such image on trial.
 
         Raises `InputError` if timm does not know the model, or if the model refuses its keyword arguments or the images.
         """
         import timm
 
+        classes, input_shape = len(spec.class_names), spec.shape
         if not timm.is_model(self.model):
             raise _unknown(self.model, timm.list_models())
         try:
             network: nn.Module = timm.create_model(
-                self.model, self.pretrained, num_classes=classes, in_chans=input_shape[0], **self._arguments(input_shape)
+                self.model,
+                self.pretrained and weights,
+                num_classes=classes,
+                in_chans=input_shape[0],
+                **self._arguments(input_shape),
             )
             _try_forward(network, classes, input_shape)
         except Exception as cause:  # timm's models refuse arguments and images with exceptions of any type

@@ -21,7 +21,7 @@ class SmoothAdv(Attack):
         10, ge=0, description="epochs over which epsilon grows to its value; 0 or 1: none", json_schema_extra=unit("epochs")
     )
 
-    def reach(self, epoch: int) -> float:
+    def epsilon_at(self, epoch: int) -> float:
         """epsilon * min(1, (epoch + 1) / warmup), in pixels of [0, 1]; `epoch` counts from 0."""
         return self.epsilon * min(1.0, (epoch + 1) / max(self.warmup, 1))
 
@@ -42,17 +42,17 @@ class Ascent(SmoothAdv):
         """
         raise NotImplementedError
 
-    def perturb(self, step: TrainStep) -> Tensor:
-        """The moved images (batch, channel, height, width): in [0, 1], at most `reach` away, detached.
+    def perturb(self, step: TrainStep) -> TrainStep:
+        """The step with moved images (batch, channel, height, width): in [0, 1], at most `epsilon_at` away, detached.
 
         Raises nothing of its own.
         """
-        epsilon = self.reach(step.epoch)
+        epsilon = self.epsilon_at(step.position.epoch)
         moved = step.images
         for _ in range(self.steps):
             uphill = direction(self.ascent(step, moved))
             moved = within(step.images, moved + 2 * epsilon / self.steps * uphill, epsilon)
-        return moved
+        return step.moved(images=moved)
 
 
 def gradient(step: TrainStep, logits: Tensor, moved: Tensor) -> Tensor:

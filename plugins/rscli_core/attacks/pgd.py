@@ -28,4 +28,4 @@ class Pgd(Ascent):
     def ascent(self, step: TrainStep, moved: Tensor) -> Tensor:
         """g at `moved`; both are (batch, channel, height, width)."""
         moved = moved.detach().requires_grad_()
-        return gradient(step, step.logits(moved + step.noise), moved)
+        return gradient(step, step.logits(step.noisy(moved)), moved)

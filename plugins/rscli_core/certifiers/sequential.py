@@ -89,4 +89,4 @@ class Sequential(Certifier):
         if now.certified == 0:
             return Decision(ABSTAIN, 0.0, 1.0, reason)
         proved = now.thresholds[now.certified - 1]
-        return Decision(plan.candidate, proved, 1 - proved, reason, saturated=everything)
+        return Decision(plan.candidate, proved, 1 - proved, reason, saturated=everything, threshold=now.certified - 1)

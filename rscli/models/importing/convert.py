@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from rscli import __version__
 from rscli.api import Architecture, Dataset, Plugin
-from rscli.config.layers import DEFAULTS, build_section, full_section
+from rscli.config.layers import build_section, defaults, full_section
 from rscli.config.problems import Problems
 from rscli.config.schema import SECTIONS
 from rscli.config.settings import Setting, Settings, dotted, flatten, nest, parse_sets, stack
@@ -132,7 +132,7 @@ def _plugins(options: ImportOptions, checkpoint: Checkpoint) -> tuple[dict[str, 
         _check_arch(options.arch)
     named = checkpoint.arch if options.arch is None else options.arch
     arch = FIELD_ARCHS.get(named or "", {} if options.arch is None else {"name": named})
-    settings = stack(DEFAULTS, flatten({"arch": arch}, checkpoint.path.name if options.arch is None else "--arch"))
+    settings = stack(defaults(), flatten({"arch": arch}, checkpoint.path.name if options.arch is None else "--arch"))
     flags: Settings = {
         ("data", "name"): Setting(options.dataset, "--dataset"),
         ("noise", "name"): Setting(options.noise, "--noise"),

@@ -1,0 +1,121 @@
+"""A run from its present epoch to its last: callbacks are called, figures are logged, and a request to stop is heard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from rscli.api import Callback, Run
+from rscli.errors import Stopped
+from rscli.runtime.progress import Progress
+from rscli.runtime.signals import StopRequest
+from rscli.training.metrics import Meter
+from rscli.training.run_folder import RunFolder
+from rscli.training.trainer import Trainer
+
+
+class TrainingRun(Run):
+    """One run, as the host drives it and as loggers and callbacks see it."""
+
+    def __init__(self, trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopRequest) -> None:
+        self.trainer, self.progress, self.stop, self._folder = trainer, progress, stop, folder
+        self.folder, self.model, self.noise = folder.path, trainer.classifier, trainer.resolved.noise
+        self.epochs, self.config = trainer.config.epochs, trainer.resolved.as_dict()
+        self.callbacks: dict[str, Callback] = trainer.resolved.callbacks
+        self.states: dict[str, dict[str, Any]] = {name: {} for name in self.callbacks}
+        """What callbacks keep, by their names."""
+        self._line: dict[str, Any] = {}
+        self._save_wanted = False
+
+    @property
+    def epoch(self) -> int:  # type: ignore[override]
+        """Finished epochs."""
+        return self.trainer.epoch
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        """Finished batches of the current epoch."""
+        return self.trainer.batch
+
+    @property
+    def batches(self) -> int:  # type: ignore[override]
+        """Batches in an epoch."""
+        return self.trainer.batches
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Adds to the line of this epoch."""
+        self._line |= values
+
+    def save(self) -> None:
+        """Asks for a checkpoint: at the next moment that a run can go on from, after this batch or after this epoch's line."""
+        self._save_wanted = True
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+        self.progress.note(text)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes what callbacks had kept; the trainer has taken its part."""
+        self.states |= {name: dict(kept) for name, kept in state.get("callbacks", {}).items() if name in self.states}
+
+    def complete(self) -> None:
+        """Trains to the end. Raises `Stopped` when asked to stop; the state is saved."""
+        trainer = self.trainer
+        with ExitStack() as open_logs:
+            logs = [logger.open(self) for logger in trainer.resolved.loggers.values()]
+            for log in logs:
+                open_logs.callback(log.close)
+            self._call("begin")
+            trainer.after_step = partial(self._call, "after_step")
+            total = self.batches * self.epochs
+            self.progress.start("train", total, self.epoch * self.batches + self.batch, "batch")
+            open_logs.callback(self.progress.finish)
+            while trainer.epoch < self.epochs:
+                line = self._one_epoch()
+                for log in logs:
+                    log.write(line)
+                self._save_if_wanted()
+                if self.stop.requested and self.epoch < self.epochs:
+                    self._end_here()
+            self._call("end")
+
+    def _one_epoch(self) -> dict[str, Any]:
+        """The rest of the current epoch; its figures. Afterwards the next one is the current."""
+        trainer, progress = self.trainer, self.progress
+        began, first, speed = time.monotonic(), trainer.meter.images, 0.0
+        self._line = {}
+        for _ in trainer.epoch_batches():
+            speed = (trainer.meter.images - first) / max(time.monotonic() - began, 1e-9)
+            done = trainer.epoch * trainer.batches + trainer.batch
+            progress.update(done, {"epoch": str(trainer.epoch + 1), **trainer.meter.figures(), "images/s": f"{speed:.0f}"})
+            if trainer.batch < trainer.batches:
+                self._save_if_wanted()
+                if self.stop.requested:
+                    self._end_here()
+        line = {"epoch": trainer.epoch + 1, "lr": trainer.last_lr, **trainer.meter.means()}
+        trainer.epoch, trainer.batch, trainer.meter = trainer.epoch + 1, 0, Meter()
+        self._call("after_epoch")
+        return {**line, **self._line, "images_per_s": round(speed, 1), "seconds": round(time.monotonic() - began, 3)}
+
+    def _call(self, moment: str) -> None:
+        for name, callback in self.callbacks.items():
+            getattr(callback, moment)(self, self.states[name])
+
+    def _save_if_wanted(self) -> None:
+        if self._save_wanted:
+            self._save()
+
+    def _save(self) -> None:
+        self.trainer.meter.flush()
+        self._folder.save({**self.trainer.state(), "callbacks": self.states})
+        self._save_wanted = False
+
+    def _end_here(self) -> None:
+        """Saves, and raises `Stopped`."""
+        self._save()
+        where = f"epoch {self.epoch + 1}, batch {self.batch}"
+        hint = "The same command with --resume goes on from there."
+        raise Stopped(f"stopped as asked, at {where}; saved in {self.folder}", hint, exit_code=self.stop.exit_code)

@@ -1,0 +1,167 @@
+"""The state of a training run, and its optimiser steps: noisy copies, an optional attack, a loss, a step.
+
+Every random draw has a key made of the seed, the epoch, the batch and the chunk (`rscli.runtime.seeds`), so a run
+stopped between two batches continues exactly where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rscli.api import Attack, DataSpec, Position, TrainStep
+from rscli.config.layers import Resolved
+from rscli.data.splits import Batch, Split
+from rscli.errors import PluginError
+from rscli.models.network import Classifier, build_classifier
+from rscli.runtime.devices import memory_layout
+from rscli.runtime.seeds import derive, generator
+from rscli.training.checkpoint import check_optimizer, check_place, settings_of
+from rscli.training.metrics import Meter
+
+
+def initial_classifier(resolved: Resolved, spec: DataSpec) -> Classifier:
+    """The classifier with the initial weights of the run's seed."""
+    torch.manual_seed(derive(resolved.config.seed, "weights"))
+    return build_classifier(resolved.architecture, spec)
+
+
+class Trainer:
+    """Weights, optimiser and position of a run, and one epoch of it."""
+
+    def __init__(self, resolved: Resolved, spec: DataSpec, split: Split, device: torch.device, *, channels_last: bool) -> None:
+        self.resolved, self.config, self.split, self.device = resolved, resolved.config, split, device
+        self.chunks = resolved.loss.m if resolved.chunked else 1
+        self.layout = memory_layout(channels_last)
+        if device.type == "cuda":
+            torch.backends.cudnn.deterministic = True
+        self.classifier = initial_classifier(resolved, spec).to(device).to(memory_format=self.layout)
+        self.optimizer = resolved.optimizer.build(self.classifier)
+        self.batches = split.steps(self.config.batch)
+        self.epoch, self.batch = 0, 0
+        self.meter = Meter()
+        self.loss_state: dict[str, Tensor] = {}
+        """What `Loss.setup` prepared, on the device."""
+        self.after_step: Callable[[], None] = lambda: None
+        self.last_lr = 0.0
+        """The learning rate of the last optimiser step."""
+
+    @property
+    def lr_factor(self) -> float:
+        """What the schedule multiplies the learning rate by now."""
+        return self.resolved.schedule.factor(self.epoch + self.batch / self.batches, self.config.epochs)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate now."""
+        return self.resolved.optimizer.lr * self.lr_factor
+
+    def state(self) -> dict[str, Any]:
+        """All that a run needs to continue to the same bits; no generator has a state to save."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "model": self.classifier.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "meter": self.meter.state(),
+            "loss": self.loss_state,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from `state`. Raises what torch does, or `ValueError`, if it is not of this run."""
+        check_place(state["epoch"], state["batch"], epochs=self.config.epochs, batches=self.batches)
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.classifier.load_state_dict(state["model"])
+        wanted = settings_of(self.optimizer)
+        self.optimizer.load_state_dict(state["optimizer"])
+        check_optimizer(self.optimizer, wanted)
+        self.meter = Meter(state["meter"])
+        self.loss_state = {name: tensor.to(self.device) for name, tensor in state.get("loss", {}).items()}
+
+    def epoch_batches(self) -> Iterator[None]:
+        """Trains the rest of the current epoch; yields after each batch, with `batch` counting it."""
+        self.classifier.train()
+        batches = self.split.batches(
+            seed=self.config.seed, epoch=self.epoch, batch=self.config.batch, device=self.device, start=self.batch
+        )
+        for batch in batches:
+            factor, lr = self.lr_factor, self.lr
+            self.last_lr = lr
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1)
+            share = (self.epoch * self.batches + self.batch) / (self.config.epochs * self.batches)
+            position = Position(self.epoch, share, factor)
+            for number, chunk in enumerate(_chunks(batch, self.chunks)):
+                self._step(chunk, number, position, lr)
+            self.batch += 1
+            yield
+
+    def _step(self, chunk: Batch, number: int, position: Position, lr: float) -> None:
+        """One optimiser step on a chunk of a batch."""
+        key = ("step", self.epoch, self.batch, number)
+        torch.manual_seed(derive(self.config.seed, "global", *key))  # dropout and the like
+        random = generator(self.device, self.config.seed, *key)
+        smoothing, m = self.resolved.noise, self.resolved.loss.m
+        noise = smoothing.sample((m, *chunk.images.shape), generator=random, device=self.device)
+        images = chunk.images.contiguous(memory_format=self.layout)
+        step = TrainStep(
+            model=self.classifier,
+            images=images,
+            clean=images,
+            labels=chunk.labels,
+            indices=chunk.indices,
+            noise=noise,
+            smoothing=smoothing,
+            generator=random,
+            position=position,
+            state=self.loss_state,
+        )
+        if self.resolved.attack is not None:
+            step = attacked(self.resolved.attack, step)
+        terms = self.resolved.loss.step(step)
+        loss = _total(terms)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        where = f"epoch {self.epoch + 1}, batch {self.batch + 1}, chunk {number + 1}"
+        self.meter.add(terms, loss, step, where=where, lr=lr)
+        self.after_step()
+
+
+def attacked(attack: Attack, step: TrainStep) -> TrainStep:
+    """The step that the loss trains on after `attack`, checked and detached; the model is left as it was.
+
+    Raises `PluginError` if the attack returns something else, tensors of another shape, or pixels outside [0, 1] or NaN.
+    """
+    with step.frozen():
+        moved = attack.perturb(step)
+    name = type(attack).__name__
+    if not isinstance(moved, TrainStep):
+        raise PluginError(f"the attack {name} returned a {type(moved).__name__}: it must return step.moved(images=...)")
+    for what in ("images", "noise"):
+        here, there = getattr(step, what), getattr(moved, what)
+        if there.shape != here.shape:
+            raise PluginError(f"the attack {name} returned {what} of shape {tuple(there.shape)}, not {tuple(here.shape)}")
+    images = moved.images.detach()
+    low, high = torch.stack(torch.aminmax(images)).tolist()  # the host waits once for a whole attack
+    if not (low >= 0 and high <= 1):  # NaN is neither
+        raise PluginError(f"the attack {name} returned pixels from {low:g} to {high:g}: they must be in [0, 1]")
+    extra = {key: tensor.detach() for key, tensor in moved.extra.items()}
+    return replace(step, images=images, noise=moved.noise.detach(), extra=extra)
+
+
+def _chunks(batch: Batch, count: int) -> Iterator[Batch]:
+    """The batch in at most `count` chunks of equal size, the last possibly smaller."""
+    parts = zip(batch.images.chunk(count), batch.labels.chunk(count), batch.indices.chunk(count), strict=True)
+    return (Batch(*part) for part in parts)
+
+
+def _total(terms: dict[str, Tensor]) -> Tensor:
+    if not terms or any(term.ndim for term in terms.values()):
+        shapes = {name: tuple(term.shape) for name, term in terms.items()}
+        raise PluginError(f"a loss must return at least one named scalar; this one returned {shapes}")
+    return torch.stack(list(terms.values())).sum()
