@@ -53,30 +53,30 @@ def predict(
     for prediction in run(loaded, paths, rule, sampling, listener(quiet)):
         found.append(prediction)
         if json:
-            emit_json_line(_plain(prediction))
+            emit_json_line(_plain(prediction, loaded.noise.norm))
     if not json:
         order = {path: position for position, path in enumerate(paths)}
-        _show(sorted(found, key=lambda p: order[cast(Path, p.path)]), certify)
+        _show(sorted(found, key=lambda p: order[cast(Path, p.path)]), loaded.noise.norm if certify else None)
     if any(prediction.error for prediction in found):
         raise typer.Exit(1)
 
 
-def _plain(prediction: Prediction) -> dict[str, Any]:
+def _plain(prediction: Prediction, norm: str) -> dict[str, Any]:
     if prediction.error:
         return {"path": str(prediction.path), "error": prediction.error}
     plain = {"path": str(prediction.path), "class": prediction.name, "label": prediction.label}
     plain |= {"share": prediction.share, "n": prediction.n}
-    return plain if prediction.radius is None else plain | {"radius": prediction.radius}
+    return plain if prediction.radius is None else plain | {"radius": prediction.radius, "norm": norm}
 
 
-def _show(predictions: list[Prediction], certify: bool) -> None:
+def _show(predictions: list[Prediction], norm: str | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     from rscli.cli.output import stderr, stdout
     from rscli.stats.metrics import round_down
 
-    table = Table("image", "class", "share", *(["radius"] if certify else []), box=None, pad_edge=False)
+    table = Table("image", "class", "share", *([f"{norm} radius"] if norm else []), box=None, pad_edge=False)
     for p in predictions:
         if p.error is None:
             radius = [] if p.radius is None else [f"{round_down(p.radius, 4):.4f}"]

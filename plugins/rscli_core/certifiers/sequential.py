@@ -41,6 +41,7 @@ class Sequential(Certifier):
     """
 
     grid: ClassVar[bool] = True
+    decisive: ClassVar[tuple[str, ...]] = ("early",)
 
     early: float = Field(
         sequential.EARLY,
