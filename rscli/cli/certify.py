@@ -20,7 +20,9 @@ def certify(
         typer.Option("--n0", min=1, max=10**12, help="Selection samples an image.  [default: the certifier's; of cohen, 100]"),
     ] = None,
     alpha: Annotated[float, typer.Option("--alpha", help="Probability that a certificate is wrong, at most.")] = 0.001,
-    certifier: Annotated[str, typer.Option("--certifier", help="See `rscli plugins`.")] = "cohen",
+    certifier: Annotated[
+        str | None, typer.Option("--certifier", help="See `rscli plugins`.  [default: cohen, CERTIFY with fixed n]")
+    ] = None,
     radii: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +94,7 @@ def certify(
     with --resume and without --shard puts them together.
     """
     from rscli.cli.output import emit_json, listener
+    from rscli.registry import installed
     from rscli.report.tables import acr_text
     from rscli.sampling.options import SamplingOptions
     from rscli.smoothing.certify import CertifyOptions
@@ -107,7 +110,13 @@ def certify(
             model=path,
             out=out or path.parent / "results.tsv",
             data_dir=data_dir,
-            certifier={"name": certifier, "n": n, "alpha": alpha, **selection, **settings["certifier"]},
+            certifier={
+                "name": certifier or installed().default("certifiers"),
+                "n": n,
+                "alpha": alpha,
+                **selection,
+                **settings["certifier"],
+            },
             data=settings["data"],
             split=split,
             start=start,

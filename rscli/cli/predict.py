@@ -41,12 +41,14 @@ def predict(
     """
     from rscli.cli.output import emit_json_line, listener
     from rscli.models.modelfile import load_model
+    from rscli.registry import installed
     from rscli.sampling.options import SamplingOptions
     from rscli.smoothing.certify import build_certifier
     from rscli.smoothing.predict import find_images, vote
     from rscli.smoothing.predict import predict as run
 
-    rule = build_certifier({"name": "cohen", "n": n, "n0": n0, "alpha": alpha}) if certify else vote(n, alpha)
+    usual = {"name": installed().default("certifiers"), "n": n, "n0": n0, "alpha": alpha}
+    rule = build_certifier(usual) if certify else vote(n, alpha)
     loaded, paths = load_model(model_path(model)), find_images(images)
     sampling = SamplingOptions(device=device, batch=batch, precision=precision, channels_last=channels_last, seed=seed)
     found = []

@@ -50,7 +50,7 @@ class ImportOptions:
     sigma: float
     data_dir: Path
     arch: str | None = None
-    noise: str = "gaussian"
+    noise: str | None = None
     normalization: str = "auto"
     sets: tuple[str, ...] = ()
     force: bool = False
@@ -135,7 +135,7 @@ def _plugins(options: ImportOptions, checkpoint: Checkpoint) -> tuple[dict[str, 
     settings = stack(defaults(), flatten({"arch": arch}, checkpoint.path.name if options.arch is None else "--arch"))
     flags: Settings = {
         ("data", "name"): Setting(options.dataset, "--dataset"),
-        ("noise", "name"): Setting(options.noise, "--noise"),
+        ("noise", "name"): Setting(options.noise or installed().default("noises"), "--noise"),
         ("noise", "sigma"): Setting(options.sigma, "--sigma"),
     }
     settings = stack(stack(settings, flags), chosen)
