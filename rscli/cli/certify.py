@@ -102,6 +102,7 @@ def certify(
 
     path = model_path(model)
     settings = _settings(sets or [])
+    name = certifier or installed().default("certifiers")
     selection = {} if n0 is None else {"n0": n0}
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; it speaks for all
     progress = listener(quiet or not first)
