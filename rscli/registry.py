@@ -102,10 +102,20 @@ class Registry:
         return Provenance(kind, entry.name, entry.package, entry.version)
 
 
+_announced: dict[Entry, type[Plugin]] = {}
+"""Plugins that no package announces: those of files that the user named."""
+
+
+def announce(entry: Entry, plugin: type[Plugin]) -> None:
+    """Makes a plugin known to this process that no installed package announces."""
+    _announced[entry] = plugin
+    installed.cache_clear()
+
+
 @cache
 def installed() -> Registry:
-    """The registry of everything installed in this environment, read once a process."""
-    found: dict[Entry, None] = {}
+    """The registry of everything installed in this environment, read once a process, and of what was announced."""
+    found: dict[Entry, None] = dict.fromkeys(_announced)
     for kind in KINDS:
         for point in metadata.entry_points(group=f"rscli.{kind}"):
             package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
@@ -117,6 +127,8 @@ def installed() -> Registry:
 @cache
 def load_entry(entry: Entry) -> type[Plugin]:
     """Imports one plugin and checks that it is of its kind. Raises `PluginError` with package, version, target and cause."""
+    if entry in _announced:
+        return _announced[entry]
     point = metadata.EntryPoint(entry.name, entry.target, f"rscli.{entry.kind}")
     try:
         plugin = point.load()

@@ -48,6 +48,7 @@ def certify(
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
     data_dir: opt.DataDir = opt.DATA_DIR,
     sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
     download: opt.Download = False,
     device: opt.Device = "auto",
     batch: Annotated[
@@ -112,7 +113,7 @@ def certify(
             out=out or path.parent / "results.tsv",
             data_dir=data_dir,
             certifier={
-                "name": certifier or installed().default("certifiers"),
+                "name": name,
                 "n": n,
                 "alpha": alpha,
                 **selection,

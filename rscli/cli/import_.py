@@ -28,6 +28,7 @@ def import_(
     ] = "auto",
     noise: Annotated[str | None, typer.Option("--noise", help="Smoothing distribution.  [default: gaussian]")] = None,
     sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
     data_dir: opt.DataDir = opt.DATA_DIR,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
     json: opt.Json = False,

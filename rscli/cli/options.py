@@ -27,6 +27,26 @@ Precision = Annotated[str, typer.Option("--precision", help="fp32, tf32 (CUDA) o
 Batch = Annotated[int, typer.Option("--batch", min=1, max=10**6, help="Samples a forward; changes the speed, not the noise.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that read image files.")]
 
+
+def _run_plugin_files(paths: list[Path] | None) -> list[Path] | None:
+    from rscli.plugin_files import load_plugin_file
+
+    for path in paths or ():
+        load_plugin_file(path)
+    return paths
+
+
+PluginFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        callback=_run_plugin_files,
+        is_eager=True,
+        help="A Python file with plugins of your own: it is run; may be given many times.",
+    ),
+]
+
 DATA_DIR = Path("data")
 WORKERS = min(4, os.cpu_count() or 1)
 

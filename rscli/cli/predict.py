@@ -23,6 +23,7 @@ def predict(
     certify: Annotated[bool, typer.Option("--certify", help="Also give the certified radius.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
     device: opt.Device = "auto",
+    _plugin: opt.PluginFiles = None,
     batch: opt.Batch = 256,
     precision: opt.Precision = "fp32",
     channels_last: opt.ChannelsLast = True,

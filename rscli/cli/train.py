@@ -22,6 +22,7 @@ def train(
     preset: Annotated[str | None, typer.Option("--preset", help="Start from a row of a paper: see `rscli presets`.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="A TOML file of settings, above the preset.")] = None,
     sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", help="Several seeds one after the other, as 0,1,2: a run folder seedK for each.")

@@ -23,6 +23,7 @@ from rscli.api import Architecture, DataSpec, Noise, Plugin
 from rscli.errors import InputError, PluginError
 from rscli.models.network import Classifier, build_classifier
 from rscli.models.smoothed import Smoothed, Source
+from rscli.plugin_files import from_file
 from rscli.registry import Registry, installed
 from rscli.runtime.files import replacing
 
@@ -171,13 +172,17 @@ def _plugin(registry: Registry, kind: str, section: Mapping[str, Any], card: Mod
     maker = next((p for p in card.plugins if p["kind"] == kind), None)
     qualified = f"{maker['package']}:{name}" if maker and ":" not in name else name
     try:
-        return registry.build(kind, {**section, "name": qualified})
+        plugin = registry.build(kind, {**section, "name": qualified})
+        here = registry.provenance(kind, qualified).version
+        if maker and from_file(maker["version"]) and here != maker["version"]:
+            raise PluginError(f"the file {maker['package']} given is another one ({here})")
+        return plugin
     except PluginError as cause:
-        hint = (
-            f"It was written with {maker['package']} {maker['version']}: pip install {maker['package']}."
-            if maker
-            else cause.hint
-        )
+        hint = cause.hint
+        if maker and from_file(maker["version"]):
+            hint = f"It comes from the file {maker['package']} with {maker['version']}: name that with --plugin."
+        elif maker:
+            hint = f"It was written with {maker['package']} {maker['version']}: pip install {maker['package']}."
         raise PluginError(f"{path} needs the {kind} plugin {name!r}: {cause.message}", hint) from cause
     except ValidationError as cause:
         fields = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in cause.errors())

@@ -18,6 +18,7 @@ from rscli.data.splits import open_split
 from rscli.errors import InputError, Stopped
 from rscli.models.modelfile import ModelCard, save_model, tensor_digest
 from rscli.models.network import parameter_count
+from rscli.plugin_files import from_file
 from rscli.runtime.devices import environment, pick_device
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
@@ -107,7 +108,8 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
     check_lonely_images(resolved, trainer.classifier, spec, len(split))
     folder = RunFolder(options.out)
-    record = {"config": resolved.as_dict(), "sources": resolved.sources}
+    files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
+    record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
     state = folder.begin(record, environment(device), resume=options.resume)
     if state is not None and folder.model.exists() and state["epoch"] >= resolved.config.epochs:
         progress.note(f"{folder.model} is finished already")
