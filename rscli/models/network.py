@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from rscli.api import Architecture, DataSpec
-from rscli.errors import PluginError
+from rscli.config.settings import shortened
+from rscli.errors import InputError, PluginError
 
 
 class Normalize(nn.Module):
@@ -60,6 +67,52 @@ def build_classifier(architecture: Architecture, spec: DataSpec) -> Classifier:
         name = type(architecture).__name__
         raise PluginError(f"the architecture {name} gives logits of shape {tuple(out.shape)}, not {(2, classes)}")
     return classifier
+
+
+@contextmanager
+def no_larger_than(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While a network is built: raises `InputError` as soon as it is much larger than the `tensors` that it is to take.
+
+    Layers are counted as they are registered, before they are initialised, so that nothing is filled that a file cannot
+    fill. A network may register a tensor several times, or replace it while it is built: hence the factor of 4.
+    """
+    most = {"tensors": 4 * len(tensors) + 1000, "values": 4 * sum(t.numel() for t in tensors.values()) + 2**22}
+    most["layers"] = 20 * most["tensors"]
+    counts = dict.fromkeys(most, 0)
+
+    def register(_module: nn.Module, _name: str, part: object) -> None:
+        if isinstance(part, Tensor):
+            counts["tensors"] += 1
+            counts["values"] += part.numel()
+        else:
+            counts["layers"] += 1
+        check()
+
+    def check() -> None:
+        if any(counts[name] > most[name] for name in most):
+            raise InputError("it is much larger than the weights in the file")
+
+    handles = [
+        register_module_parameter_registration_hook(register),
+        register_module_buffer_registration_hook(register),
+        register_module_module_registration_hook(register),
+    ]
+    try:
+        yield
+        check()
+    except Exception as cause:
+        check()  # a plugin may have turned the refusal into another error
+        if isinstance(cause, MemoryError | OverflowError) or (type(cause) is RuntimeError and _of_memory(cause)):
+            raise InputError(f"it does not fit in memory ({shortened(str(cause))})") from cause
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of_memory(cause: RuntimeError) -> bool:
+    """Whether torch could not make a tensor: none so large can be, or there is no room."""
+    return any(words in str(cause) for words in ("memory", "overflow", "Storage size", "too large"))
 
 
 def parameter_count(module: nn.Module) -> int:
