@@ -35,7 +35,7 @@ ABSTAIN = -1
 
 MOST_CLASSES = 1_000_000
 LARGEST_SIDE = 65_536
-LARGEST_IMAGE = 2**24
+LARGEST_IMAGE = 2**28
 """What a description of data may ask for, at most: classes, pixels of a side, and values of an image over all channels."""
 
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]

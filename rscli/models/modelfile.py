@@ -33,8 +33,8 @@ FORMAT: Literal[1] = 1
 
 
 def _named(section: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(section.get("name"), str):
-        raise ValueError("must have a name, in text")
+    if not isinstance(section.get("name"), str) or len(section["name"]) > 500:
+        raise ValueError("must have a name, a text of at most 500 characters")
     return section
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from torch.nn.modules.module import (
 from rscli.api import Architecture, DataSpec
 from rscli.config.settings import shortened
 from rscli.errors import InputError, PluginError
+
+LARGE = 2**23
+"""Values of an image above which a new network is tried without memory."""
 
 
 class Normalize(nn.Module):
@@ -60,13 +65,21 @@ def build_classifier(architecture: Architecture, spec: DataSpec) -> Classifier:
     classes = len(spec.class_names)
     classifier = Classifier(architecture.build(classes, spec.shape), spec)
     classifier.eval()
-    with torch.inference_mode():
-        out = classifier(torch.zeros(2, *spec.shape))
+    shape = _trial(classifier, spec.shape)
     classifier.train()
-    if tuple(out.shape) != (2, classes):
+    if shape != (2, classes):
         name = type(architecture).__name__
-        raise PluginError(f"the architecture {name} gives logits of shape {tuple(out.shape)}, not {(2, classes)}")
+        raise PluginError(f"the architecture {name} gives logits of shape {shape}, not {(2, classes)}")
     return classifier
+
+
+def _trial(classifier: Classifier, shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """The shape of the logits of two black images; of large images without any memory, where the network allows that."""
+    if math.prod(shape) > LARGE:
+        with suppress(Exception), torch.inference_mode():  # a network may refuse the meta device with any exception
+            return tuple(copy.deepcopy(classifier).to("meta")(torch.zeros(2, *shape, device="meta")).shape)
+    with torch.inference_mode():
+        return tuple(classifier(torch.zeros(2, *shape)).shape)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class ImageFolder(Dataset):
     size: int = Field(
         32,
         ge=1,
-        le=2048,
+        le=8192,
         description="height and width of the input; the shorter side is resized to it, the middle cropped",
         json_schema_extra=unit("pixels"),
     )
