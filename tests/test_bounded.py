@@ -18,6 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from rscli.config.decode import DEEPEST, LARGEST_TOML, BoundError, decode_json, decode_toml
 from rscli.config.words import read_word
+from rscli.errors import InputError
+from rscli.results.protocol import protocol_path, read_protocol
 
 # --- the words of --set ---
 
@@ -200,6 +202,7 @@ FILES = {
     "twice.json": '{"seed": 1, "seed": 2}',
     "large.toml": "#" * (LARGEST_TOML + 1),
     "many.toml": "\n".join(f"key{number} = 1" for number in range(50_000)),
+    "tables-of-many.toml": "\n".join(f"[key{number}]\na = 1" for number in range(20_000)),
     "key.toml": "a" * 500_000 + " = 1",
 }
 
@@ -209,6 +212,23 @@ FILES = {
 def test_train_refuses_an_absurd_configuration(name, tmp_path):
     (tmp_path / name).write_text(FILES[name], encoding="utf-8")
     refused("train", "--preset", "digits-gaussian-0.25", "--config", tmp_path / name, "--dry-run")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
+def test_a_protocol_is_read_within_bounds(name, tmp_path):
+    results = tmp_path / "results.tsv"
+    protocol_path(results).write_text(FILES[name], encoding="utf-8")
+    with pytest.raises(InputError, match=r"protocol file .* cannot be read: .*(levels deep|64 bits|given twice)"):
+        read_protocol(results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
+def test_compare_refuses_an_absurd_protocol(name, tmp_path):
+    results = tmp_path / "results.tsv"
+    results.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.5\t1\t0:00:01.0\n", encoding="utf-8")
+    protocol_path(results).write_text(FILES[name], encoding="utf-8")
+    assert "protocol file" in refused("compare", results)
 
 
 @pytest.mark.slow
@@ -392,3 +412,37 @@ def test_another_network_than_the_file_holds_is_refused_before_it_is_initialised
         with pytest.raises(RscliError, match="do not fit its architecture") as error:
             load_model(path)
         assert error.value.exit_code == 2
+
+
+def test_certify_reads_its_settings_as_train_does(parts, tmp_path):
+    from rscli.cli.certify import _settings
+    from rscli.errors import ConfigError
+
+    path = signed(tmp_path / "model.safetensors", *parts)
+    sets = ["data.name=imagefolder", "data.path=2024-01-05", "data.augment=none", "certifier.early_abstain=True"]
+    assert _settings(sets, "cohen", path) == {
+        "data": {"name": "imagefolder", "path": "2024-01-05", "augment": "none"},
+        "certifier": {"early_abstain": True},
+    }
+    folder = signed(tmp_path / "folder", *parts, ("data",), {"name": "imagefolder"})
+    assert _settings(["data.path=7"], "cohen", folder)["data"] == {"path": "7"}
+    with pytest.raises(ConfigError, match="deep"):
+        _settings(["certifier.n0=" + "[" * DEEP], "cohen", path)
+
+
+def test_import_reads_its_settings_as_train_does(parts, tmp_path):
+    from safetensors.torch import save_file
+
+    from rscli.models.importing.convert import ImportOptions, import_checkpoint
+    from rscli.runtime.progress import Silent
+
+    save_file(parts[0], tmp_path / "weights.safetensors")
+    options = {
+        "checkpoint": tmp_path / "weights.safetensors",
+        "out": tmp_path / "model",
+        "dataset": "imagefolder",
+        "sigma": 0.25,
+    }
+    sets = ("data.path=2024-01-05", "data.augment=none", "data.mean=null", "arch.depth=8.0")
+    with pytest.raises(InputError, match="2024-01-05"):  # the folder is not there; the settings were taken
+        import_checkpoint(ImportOptions(**options, data_dir=tmp_path, arch="cifar-resnet", sets=sets), Silent())

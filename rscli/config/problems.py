@@ -12,12 +12,9 @@ from pydantic_core import ErrorDetails
 
 from rscli.config.schema import SECTIONS
 from rscli.config.settings import Key, Settings, dotted, shortened
-from rscli.errors import ConfigError
+from rscli.errors import MOST_TOLD, ConfigError
 
 FINITE = "must be a finite number"
-
-MOST = 50
-"""Problems that are told one by one."""
 
 
 class Problems:
@@ -44,7 +41,8 @@ class Problems:
         for detail in error.errors(include_url=False, include_context=False):
             key = section + _path(detail["loc"], given)
             if detail["type"] == "extra_forbidden":
-                self._unknown += [leaf for leaf in self.settings if leaf[: len(key)] == key]
+                whole = key in self.settings or len(self._unknown) > MOST_TOLD  # those are only counted: no search for each
+                self._unknown += [key] if whole else [leaf for leaf in self.settings if leaf[: len(key)] == key]
             elif detail["type"] == "missing":
                 self.add(key, self._missing(key))
             else:
@@ -53,12 +51,10 @@ class Problems:
     def check(self) -> None:
         """Raises `ConfigError` with a line for every problem, if there is any."""
         for place, key in enumerate(self._unknown):
-            self.add(key, self._unknown_rule(key) if place < MOST else "unknown key")
+            self.add(key, self._unknown_rule(key) if place < MOST_TOLD else "unknown key")
         order = {key: place for place, key in enumerate(self.settings)}
         keys = sorted(self._rules, key=lambda key: order.get(key, len(order)))
         lines = self._lines + [f"{self._where(key)}: {' or '.join(self._rules[key])}" for key in keys]
-        if len(lines) > MOST:
-            lines = [*lines[:MOST], f"and {len(lines) - MOST} more"]
         if lines:
             raise ConfigError(lines)
 
