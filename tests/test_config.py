@@ -251,6 +251,35 @@ def test_set_reads_toml_and_falls_back_to_text(text, key, value):
     assert {k: s.value for k, s in settings.items()} == {key: value}
 
 
+SAID = {
+    "text-that-is-a-date": ("data.folder=2024-01-05", "2024-01-05"),
+    "text-that-is-a-number": ("data.folder=7", "7"),
+    "text-that-is-a-truth": ("data.folder=true", "true"),
+    "text-that-is-a-table": ("data.folder={a=1}", "{a=1}"),
+    "text-that-is-nothing": ("data.folder=none", "none"),
+    "text-in-quotes": ('data.folder="a b"', "a b"),
+    "truth": ("optimizer.nesterov=True", True),
+    "truth-in-words": ("optimizer.nesterov=yes", True),
+    "number": ("optimizer.lr=.01", 0.01),
+    "power": ("batch=1e3", 1000),
+    "underscore": ("batch=1_000", 1000),
+    "nothing": ("chunk=null", None),
+    "list": ("schedule.drops=31,61", [31, 61]),
+}
+
+
+@pytest.mark.parametrize(("text", "value"), SAID.values(), ids=SAID)
+def test_a_set_is_read_for_its_field(text, value):
+    section, _, field = text.partition("=")[0].rpartition(".")
+    record = resolve("row", sets=[text]).as_dict()
+    assert (record[section] if section else record)[field] == value
+
+
+def test_a_set_is_read_for_the_plugin_that_another_set_names():
+    for sets in (["arch.model=7", "arch.name=zoo"], ["arch.name=zoo", "arch.model=7"]):
+        assert resolve("row", sets=sets).config.arch["model"] == "7"
+
+
 def test_the_last_set_of_a_key_wins():
     assert resolve("row", sets=["epochs=5", "epochs=6"]).config.epochs == 6
 
@@ -426,6 +455,12 @@ def test_the_error_counts_its_problems():
     with pytest.raises(ConfigError, match=r"has 2 problems:\n  .*\n  ") as caught:
         resolve("row", sets=["epochs=0", "batch=0"])
     assert caught.value.exit_code == 2
+
+
+def test_of_thousands_of_problems_the_first_are_told():
+    with pytest.raises(ConfigError, match=r"has 500 problems:(\n  .*){25}\n  and 475 more$") as caught:
+        resolve("row", sets=[f"a{number}.b=1" for number in range(500)])
+    assert len(caught.value.problems) == 500
 
 
 BROKEN = {

@@ -102,8 +102,8 @@ def certify(
     from rscli.smoothing.certify import certify as run
 
     path = model_path(model)
-    settings = _settings(sets or [])
     name = certifier or installed().default("certifiers")
+    settings = _settings(sets or [], name, path)
     selection = {} if n0 is None else {"n0": n0}
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; it speaks for all
     progress = listener(quiet or not first)
@@ -148,12 +148,18 @@ def model_path(path: Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
-def _settings(texts: list[str]) -> dict[str, dict[str, Any]]:
+def _settings(texts: list[str], certifier: str, model: Path) -> dict[str, dict[str, Any]]:
     """`--set data.KEY=VALUE` and `--set certifier.KEY=VALUE`, by section. Raises `InputError` for any other key."""
-    from rscli.config.settings import parse_sets
+    from rscli.config.layers import read_sets
+    from rscli.config.settings import Setting, Settings
     from rscli.errors import ConfigError
 
-    chosen, problems = parse_sets(texts)
+    lower: Settings = {("certifier", "name"): Setting(certifier, "--certifier")}
+    if any(text.startswith("data.") for text in texts):
+        from rscli.models.modelfile import read_card
+
+        lower["data", "name"] = Setting(read_card(model).data["name"], "model file")
+    chosen, problems = read_sets(texts, lower, {"data": "datasets", "certifier": "certifiers"})
     found: dict[str, dict[str, Any]] = {"data": {}, "certifier": {}}
     for key, setting in chosen.items():
         if len(key) == 2 and key[0] in found:

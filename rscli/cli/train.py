@@ -81,6 +81,8 @@ def train(
     if len(runs) > 1 and not resume:
         _check_unused(runs)
     progress = listener(quiet)
+    for note in every[0].notes:
+        progress.note(note)
     answers = []
     for resolved, options in runs:
         if len(runs) > 1:
