@@ -1,4 +1,4 @@
-"""Several ranks against one process on the same processors: the same result file? And how many samples a second?
+"""Several ranks against one process on the same processors: the same result file? And how many samples per second?
 
     python bench/certify_ranks.py                                     # LeNet with random weights, on scikit-learn's digits
     python bench/certify_ranks.py MODEL --data-dir data --images 20 --n 100000

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -143,7 +142,6 @@ def main() -> None:
     if not arguments.json:
         print(f"reference: {each:.2f} s an image (of {arguments.reference_images}, n = {arguments.n:,}; the rest is scaled)")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["RSCLI_CACHE_DIR"] = folder
         for name in arguments.tables:
             spent, samples, results = run(options, TABLES[name], Path(folder))
             images = len(results.idx)

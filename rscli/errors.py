@@ -11,7 +11,7 @@ MOST_TOLD = 25
 
 
 class RscliError(Exception):
-    """Something that the user can mend.
+    """Something that the user can fix.
 
     `message` states the value and the rule it breaks; `hint` says what to do next. `exit_code` is what the process answers.
     """
@@ -47,7 +47,7 @@ class ConfigError(InputError):
 class PluginError(RscliError):
     """A plugin that is unknown, ambiguous, fails to load, or breaks its contract.
 
-    Asking for a plugin that does not exist is wrong input (exit code 2); `exit_code` is 2 for all of them, since the mend is
+    Asking for a plugin that does not exist is wrong input (exit code 2); `exit_code` is 2 for all of them, since the fix is
     always in what the user installed or named.
     """
 

@@ -24,11 +24,6 @@ RADII = tuple(0.25 * i for i in range(6))
 GRID = tuple(NOISE.probability(radius) for radius in RADII)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("RSCLI_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "boundaries"))
-
-
 def counts(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
@@ -71,7 +66,7 @@ ADVERSARIES = {
 CERTIFIERS = {
     "cohen-early": Cohen(n0=20, n=500, alpha=0.01, early_abstain=True),
     "sequential": Sequential(n0=20, n=500, alpha=0.01, first_look=20),
-    "sequential-greedy": Sequential(n0=20, n=500, alpha=0.01, first_look=5, growth=1.5, early=1.0, give_up=1e-6),
+    "sequential-greedy": Sequential(n0=20, n=500, alpha=0.01, first_look=5, growth=1.5, early=1.0, futility=1e-6),
     "two-sided": TwoSided(n0=20, n=500, alpha=0.01),
     "two-stage": TwoStage(n0=50, n=500, alpha=0.01, loss=0.3),
 }
@@ -321,7 +316,7 @@ def test_two_stage_certifies_from_fresh_samples_only():
     ("certifier", "fields"),
     [
         (Sequential, {"early": 1.5}),
-        (Sequential, {"give_up": 0}),
+        (Sequential, {"futility": 0}),
         (Sequential, {"first_look": 0}),
         (Sequential, {"growth": 1.0}),
         (TwoSided, {"share": 1.0}),

@@ -232,7 +232,7 @@ def test_train_and_certify_answer_with_json_alone():
         (["doctor"], {"versions", "devices", "plugins"}),
         (
             ["train", "--preset", "digits-cons-0.25", "--dry-run"],
-            {"config", "sources", "parameters", "images", "steps_an_epoch", "chunks", "files"},
+            {"config", "sources", "parameters", "images", "steps_per_epoch", "chunks", "files"},
         ),
     ],
     ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",

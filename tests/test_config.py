@@ -520,7 +520,7 @@ def test_nearest_key(key, expected):
     assert nearest(key, [*known, "attack.epsilon", "schedule.drops"]) == expected
 
 
-# --- steps an epoch ---------------------------------------------------------------------------------------------------------
+# --- steps per epoch ---------------------------------------------------------------------------------------------------------
 
 
 def test_steps_are_those_of_torch_chunk():

@@ -14,12 +14,12 @@ from rscli.cli import options as opt
 
 def certify(
     model: Annotated[Path, typer.Argument(help="A model file (model.safetensors), or its run folder.")],
-    n: Annotated[int, typer.Option("--n", min=1, max=10**12, help="Samples an image.")] = 100_000,
+    n: Annotated[int, typer.Option("--n", min=1, max=10**12, help="Monte Carlo samples per image.")] = 100_000,
     n0: Annotated[
         int | None,
-        typer.Option("--n0", min=1, max=10**12, help="Selection samples an image.  [default: the certifier's; of cohen, 100]"),
+        typer.Option("--n0", min=1, max=10**12, help="Selection samples per image.  [default: the certifier's; of cohen, 100]"),
     ] = None,
-    alpha: Annotated[float, typer.Option("--alpha", help="Probability that a certificate is wrong, at most.")] = 0.001,
+    alpha: Annotated[float, typer.Option("--alpha", help="Failure probability of a certificate, at most.")] = 0.001,
     certifier: Annotated[
         str | None, typer.Option("--certifier", help="See `rscli plugins`.  [default: cohen, CERTIFY with fixed n]")
     ] = None,
@@ -52,7 +52,7 @@ def certify(
     download: opt.Download = False,
     device: opt.Device = "auto",
     batch: Annotated[
-        int | None, typer.Option("--batch", min=1, max=10**6, help="Samples a forward.  [default: tried, or 256]")
+        int | None, typer.Option("--batch", min=1, max=10**6, help="Batch size per forward pass.  [default: tried, or 256]")
     ] = None,
     precision: opt.Precision = "fp32",
     channels_last: Annotated[

@@ -29,7 +29,7 @@ Sets = Annotated[
 ]
 ChannelsLast = Annotated[bool, typer.Option("--channels-last/--contiguous", help="Memory layout of images and convolutions.")]
 Precision = Annotated[str, typer.Option("--precision", help="fp32, tf32 (CUDA) or bf16; recorded with the result.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, max=10**6, help="Samples a forward; changes the speed, not the noise.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, max=10**6, help="Batch size per forward pass; the noise stays the same.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that read image files.")]
 
 

@@ -147,11 +147,11 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     console = stdout()
     console.print(table)
     images = "unknown until the data are there" if plan.images is None else f"{plan.images:,}"
-    steps = "unknown" if plan.steps_an_epoch is None else f"{plan.steps_an_epoch:,}"
+    steps = "unknown" if plan.steps_per_epoch is None else f"{plan.steps_per_epoch:,}"
     console.print(f"\nparameters      {plan.parameters:,}", highlight=False)
     console.print(f"training images {images}", highlight=False)
     chunks = f" (each batch in {plan.chunks} chunks, a step each)" if plan.chunks > 1 else ""
-    console.print(f"steps an epoch  {steps}{chunks}", highlight=False)
+    console.print(f"steps per epoch  {steps}{chunks}", highlight=False)
     files = [str(file) for plan in plans for file in plan.files]
     console.print("would write     " + "\n                ".join(files), highlight=False, markup=False)
 

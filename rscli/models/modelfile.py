@@ -140,7 +140,7 @@ def file_digest(path: Path) -> str:
 def content_digest(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
     """SHA-256 over the card (but for the digest in it) and the names, types, shapes and bytes of `tensors`, sorted by name.
 
-    A changed sigma would make wrong certificates as surely as changed weights.
+    A changed sigma would make false certificates as surely as changed weights.
     """
     return tensor_digest(tensors, _canonical({**card, "sha256": ""}).encode())
 
