@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RSCLI := $(BIN)/rscli
 DEMO := demo
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test fast lint types check docs clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.run: pyproject.toml
@@ -15,6 +15,10 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 # train two models, certify both, compare them, predict: about two minutes on two CPU cores
@@ -31,14 +35,22 @@ demo: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/pytest -n auto --dist worksteal
 
+# the tests that need no GPU, install nothing and take no more than a few seconds each
+fast: $(VENV)/.dev
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not install and not gpu"
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/mypy -p rscli -p rscli_core && $(BIN)/mypy bench/*.py
+	$(BIN)/mypy -p rscli -p rscli_core -p rscli_smoothmix -p rscli_catrs && $(BIN)/mypy bench/*.py
 
 check: lint types test
 
+# the documentation as a site, in site/
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

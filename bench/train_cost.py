@@ -65,7 +65,7 @@ def last_epoch_trainer(preset: str, sets: list[str], images: int, device: torch.
 def measure(
     setup: dict[str, tuple[str, list[str]]], images: int, rounds: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """For each method: its noisy copies m, the median ratio to Gaussian, its range, and the median images a second."""
+    """For each method: its noisy copies m, the median ratio to Gaussian, its range, and the median images per second."""
     trainers = {method: last_epoch_trainer(*preset, images, device) for method, preset in setup.items()}
     for trainer in trainers.values():
         next(trainer.epoch_batches())  # the first step is slower

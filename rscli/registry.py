@@ -102,10 +102,20 @@ class Registry:
         return Provenance(kind, entry.name, entry.package, entry.version)
 
 
+_announced: dict[Entry, type[Plugin]] = {}
+"""Plugins that no package announces: those of files that the user named."""
+
+
+def announce(entry: Entry, plugin: type[Plugin]) -> None:
+    """Makes a plugin known to this process that no installed package announces."""
+    _announced[entry] = plugin
+    installed.cache_clear()
+
+
 @cache
 def installed() -> Registry:
-    """The registry of everything installed in this environment, read once a process."""
-    found: dict[Entry, None] = {}
+    """The registry of everything installed in this environment, read once a process, and of what was announced."""
+    found: dict[Entry, None] = dict.fromkeys(_announced)
     for kind in KINDS:
         for point in metadata.entry_points(group=f"rscli.{kind}"):
             package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
@@ -117,14 +127,16 @@ def installed() -> Registry:
 @cache
 def load_entry(entry: Entry) -> type[Plugin]:
     """Imports one plugin and checks that it is of its kind. Raises `PluginError` with package, version, target and cause."""
+    if entry in _announced:
+        return _announced[entry]
     point = metadata.EntryPoint(entry.name, entry.target, f"rscli.{entry.kind}")
     try:
         plugin = point.load()
     except (Exception, SystemExit) as cause:
         reason = f"{type(cause).__name__}: {cause}"
-        raise PluginError(f"the {entry} does not load: {reason}", _mend(entry)) from cause
+        raise PluginError(f"the {entry} does not load: {reason}", _fix(entry)) from cause
     if not (isinstance(plugin, type) and issubclass(plugin, Plugin)) or getattr(plugin, "kind", None) != entry.kind:
-        raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", _mend(entry))
+        raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", _fix(entry))
     return plugin
 
 
@@ -134,7 +146,7 @@ def description(plugin: type[Plugin]) -> str:
     return lines[0].rstrip(".") if lines else ""
 
 
-def _mend(entry: Entry) -> str:
+def _fix(entry: Entry) -> str:
     return f"Update or uninstall {entry.package} (pip install --upgrade {entry.package}); nothing else is affected."
 
 

@@ -21,6 +21,7 @@ from rscli.data.splits import Split, open_split
 from rscli.errors import ConfigError, InputError, Stopped
 from rscli.models.modelfile import load_model
 from rscli.models.smoothed import Smoothed
+from rscli.registry import installed
 from rscli.results.protocol import protocol_path
 from rscli.results.rows import Row, parse_row
 from rscli.results.writer import ResultWriter
@@ -124,7 +125,7 @@ class Listening(Silent):
 @cache
 def opened(model: Path) -> tuple[Smoothed, Split]:
     loaded = load_model(model)
-    return loaded, open_split(loaded.dataset(), loaded.card.spec, "test", Path())
+    return loaded, open_split(installed().build("datasets", loaded.source.card.data), loaded.source.card.spec, "test", Path())
 
 
 def recount(model: Path, index: int, seed: int = 0) -> dict[str, float]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from rscli.api import DataSpec, Transform
 from rscli.cli.boundary import boundary
 from rscli.cli.import_ import import_
 from rscli.errors import ConfigError, InputError, RscliError
@@ -86,7 +87,9 @@ class Named(nn.Module):
 def network(section: dict, shape=(3, 32, 32), classes: int = 10, seed: int = 0) -> nn.Module:
     """A network in eval mode, every tensor of it random, statistics of batch normalisation included."""
     torch.manual_seed(seed)
-    built = installed().build("architectures", section).build(classes, shape).eval()
+    transform = Transform(channels=shape[0], crop=shape[1:])
+    spec = DataSpec(class_names=tuple(map(str, range(classes))), shape=shape, test_transform=transform)
+    built = installed().build("architectures", section).build(spec).eval()
     for module in built.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low, high in (

@@ -47,7 +47,7 @@ def cross(p: list[float], q: list[float]) -> float:
 
 
 def by_hand(logits: torch.Tensor) -> dict[str, float]:
-    """Every quantity of the consistency objectives without weights, averaged as methods.md says."""
+    """Every quantity of the consistency objectives without weights, averaged as docs/methods.md says."""
     m, batch, _ = logits.shape
     sums = dict.fromkeys(("ce", "kl", "entropy", "xent", "mse"), 0.0)
     for b in range(batch):

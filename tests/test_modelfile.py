@@ -25,7 +25,7 @@ def made(*sets: str) -> tuple[Classifier, ModelCard]:
     resolved = resolve(sets=[*SETS, "optimizer.lr=0.1", "seed=3", *sets])
     spec = resolved.dataset.spec(Path())
     spec = spec.model_copy(update={"mean": (0.25,), "std": (0.5,)})
-    return initial_classifier(resolved, spec), model_card(resolved, spec)
+    return initial_classifier(resolved, spec), model_card(resolved, spec, {})
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from torch import nn
 
 from rscli.api import Attack, Loss, Position, TrainStep
 from rscli.config.layers import Resolved, resolve
-from rscli.errors import InputError, PluginError, RscliError, Stopped
 from rscli.data.splits import Batch
+from rscli.errors import InputError, PluginError, RscliError, Stopped
 from rscli.models.modelfile import load_model
 from rscli.registry import installed
 from rscli.runtime.progress import Silent
-from rscli.training.minimum_batch import check_lonely_images
+from rscli.training.minimum_batch import check_single_image_batches
 from rscli.training.train import TrainOptions, outlook, train
 from rscli.training.trainer import Trainer, attacked
 
@@ -204,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_learning_rate(tmp_p
 def test_the_outlook_counts_without_touching_anything(tmp_path):
     seen = outlook(settings(), options(tmp_path / "run"))
     assert (seen.parameters, seen.images, seen.chunks) == (431_080, 1437, 2)
-    assert seen.steps_an_epoch == 6 * 2  # 5 batches of 256 and one of 157, each in two chunks
+    assert seen.steps_per_epoch == 6 * 2  # 5 batches of 256 and one of 157, each in two chunks
     assert not (tmp_path / "run").exists()
 
 
@@ -449,7 +449,7 @@ def test_trying_a_step_leaves_no_trace(tmp_path):
     resolved = settings(**{**POINTED, "loss__m": "2"}, batch="359")
     made = trainer(resolved, tmp_path)
     before, drawn = {name: value.clone() for name, value in made.classifier.state_dict().items()}, torch.get_rng_state()
-    check_lonely_images(resolved, made.classifier, resolved.dataset.spec(tmp_path), 1437)
+    check_single_image_batches(resolved, made.classifier, resolved.dataset.spec(tmp_path), 1437)
     assert all(torch.equal(value, before[name]) for name, value in made.classifier.state_dict().items())
     assert all(parameter.grad is None for parameter in made.classifier.parameters())
     assert torch.equal(torch.get_rng_state(), drawn)

@@ -38,8 +38,11 @@ def compare(
         bool, typer.Option("--allow-different", help="Compare although n, alpha, the radii decided or the like differ.")
     ] = False,
     published: Annotated[
-        bool, typer.Option("--published", help="Put the nearest published row of the same kind beside each result.")
+        bool, typer.Option("--published", help="Put the published row of its preset beside each result.")
     ] = False,
+    reproduces: Annotated[
+        str | None, typer.Option("--reproduces", metavar="PRESET", help="The preset of results that do not record one.")
+    ] = None,
     groups: Annotated[bool, typer.Option("--groups/--no-groups", help="Average runs that differ only in their seed.")] = True,
 ) -> None:
     """Compare results: ACR and certified accuracy with intervals, and paired tests against the first.
@@ -78,8 +81,8 @@ def compare(
     comparison = compared(read, radii=opt.numbers(radii, "--radii"), names=chosen, allow_different=allow_different)
     if groups:
         comparison = grouped(comparison)
-    if published:
-        comparison = with_published(comparison)
+    if published or reproduces is not None:
+        comparison = with_published(comparison, reproduces)
     for note in comparison.notes:
         stderr().print(f"warning: {note}", style="yellow", markup=False)
     if plot is not None:

@@ -26,8 +26,9 @@ def import_(
     normalization: Annotated[
         str, typer.Option("--normalization", help="auto, dataset (the data set's), or none; what the file holds comes first.")
     ] = "auto",
-    noise: Annotated[str, typer.Option("--noise", help="Smoothing distribution.")] = "gaussian",
+    noise: Annotated[str | None, typer.Option("--noise", help="Smoothing distribution.  [default: gaussian]")] = None,
     sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
     data_dir: opt.DataDir = opt.DATA_DIR,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
     json: opt.Json = False,

@@ -19,7 +19,7 @@ plugins = typer.Typer(invoke_without_command=True)
 
 @plugins.callback()
 @boundary
-def listing(context: typer.Context, json: opt.Json = False) -> None:
+def listing(context: typer.Context, json: opt.Json = False, _plugin: opt.PluginFiles = None) -> None:
     """List the installed plugins, or show the settings of one.
 
     The listing has name, package, version and description of each; broken ones are marked.
@@ -54,6 +54,7 @@ def info(
     kind: Annotated[str, typer.Argument(help="noises, losses, attacks, architectures, datasets or certifiers")],
     name: Annotated[str, typer.Argument(help="As `rscli plugins` lists it; package:name chooses between packages.")],
     json: opt.Json = False,
+    _plugin: opt.PluginFiles = None,
 ) -> None:
     """Show a plugin's settings: type, default, bounds, unit and meaning.
 

@@ -22,6 +22,7 @@ def train(
     preset: Annotated[str | None, typer.Option("--preset", help="Start from a row of a paper: see `rscli presets`.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="A TOML file of settings, above the preset.")] = None,
     sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", help="Several seeds one after the other, as 0,1,2: a run folder seedK for each.")
@@ -80,6 +81,8 @@ def train(
     if len(runs) > 1 and not resume:
         _check_unused(runs)
     progress = listener(quiet)
+    for note in every[0].notes:
+        progress.note(note)
     answers = []
     for resolved, options in runs:
         if len(runs) > 1:
@@ -144,11 +147,11 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     console = stdout()
     console.print(table)
     images = "unknown until the data are there" if plan.images is None else f"{plan.images:,}"
-    steps = "unknown" if plan.steps_an_epoch is None else f"{plan.steps_an_epoch:,}"
+    steps = "unknown" if plan.steps_per_epoch is None else f"{plan.steps_per_epoch:,}"
     console.print(f"\nparameters      {plan.parameters:,}", highlight=False)
     console.print(f"training images {images}", highlight=False)
     chunks = f" (each batch in {plan.chunks} chunks, a step each)" if plan.chunks > 1 else ""
-    console.print(f"steps an epoch  {steps}{chunks}", highlight=False)
+    console.print(f"steps per epoch  {steps}{chunks}", highlight=False)
     files = [str(file) for plan in plans for file in plan.files]
     console.print("would write     " + "\n                ".join(files), highlight=False, markup=False)
 

@@ -20,6 +20,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "radii": list(comparison.radii),
+        "norm": comparison.norm,
         "level": LEVEL,
         "rho": RHO,
         "results": [asdict(summary) for summary in comparison.summaries],

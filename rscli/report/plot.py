@@ -91,7 +91,7 @@ def draw(comparison: Comparison) -> Figure:
     right = max(summary.largest for summary in comparison.summaries) or 1.0
     axes.set_xlim(0, 1.03 * right)
     axes.set_ylim(0, 100)
-    axes.set_xlabel("certified radius (pixels in [0, 1])")
+    axes.set_xlabel(f"certified {comparison.norm} radius (pixels in [0, 1])")
     axes.set_ylabel("certified accuracy (%)")
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -51,6 +51,7 @@ def summarise(run: Results, radii: Sequence[float]) -> Summary:
         n=protocol.get("n"),
         alpha=alpha,
         certifier=(protocol.get("certifier") or {}).get("name"),
+        norm=protocol.get("norm") or "L2",
         acr=metrics.acr(run.radius, run.correct),
         lower_bound=bool(grid(run)),
         largest=float(run.radius.max(initial=0, where=run.correct)),

@@ -67,7 +67,7 @@ def _accuracy(comparison: Comparison) -> Table:
     digits = _digits(comparison)
     caption = f"± is the longer side of the {_PERCENT} Clopper-Pearson interval, for the choice of the test images."
     return Table(
-        title=f"Certified accuracy (%) by radius, {comparison.summaries[0].images:,} images",
+        title=f"Certified accuracy (%) by {comparison.norm} radius, {comparison.summaries[0].images:,} images",
         header=("model", "ACR", *map(radius_text, comparison.radii)),
         rows=tuple(
             (Cell(summary.name), Cell(acr_text(summary)), *(_point(point, digits) for point in summary.points))
@@ -109,7 +109,7 @@ def _groups(comparison: Comparison) -> Table:
         return (Cell(group.name), seeds, Cell(acr_text(group), f"±{group.acr_sd:.4f}"), *accuracies)
 
     return Table(
-        title="Mean over training seeds: certified accuracy (%) by radius",
+        title=f"Mean over training seeds: certified accuracy (%) by {comparison.norm} radius",
         header=("model", "seeds", "ACR", *map(radius_text, comparison.radii)),
         rows=tuple(row(group) for group in comparison.groups),
         caption="± is the standard deviation over the seeds (divided by one less). All are on the same images, so their choice "
@@ -170,7 +170,7 @@ def _published(comparison: Comparison) -> Table:
         title="Beside the published figures",
         header=("model", "ACR", "published", "difference", "within?", "images", "their seeds", "their setting", "source"),
         rows=tuple(row(beside) for beside in comparison.published),
-        caption="The nearest published row of the same data set, architecture, method and sigma. within: the difference is at "
+        caption="The published row of the preset, or the one of the nearest setting. within: the difference is at "
         "most ±, twice the standard deviation from the seeds of both sides and, where images differ, from the choice of the "
         "images (taken as drawn at random). Below a setting: in what ours is another." + _BOUND * _bounded(comparison),
     )
@@ -200,7 +200,7 @@ def _published_accuracy(comparison: Comparison) -> Table:
         return (Cell(beside.name), *cells)
 
     return Table(
-        title="Published certified accuracy (%) by radius",
+        title=f"Published certified accuracy (%) by {comparison.norm} radius",
         header=("model", *map(radius_text, comparison.radii)),
         rows=tuple(row(beside) for beside in comparison.published),
         caption="Signed: ours minus theirs, in points. Each is on its own images, and at its own protocol."

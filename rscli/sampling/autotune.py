@@ -1,6 +1,6 @@
 """How to sample fastest here: a trial of a few seconds, over memory layouts, batch sizes and lanes, and maybe torch.compile.
 
-The best choice differs by machine and network (certification.md measured factors of 4 to 6 on one CPU), so it is measured and
+The best choice differs by machine and network (bench/README.md has factors of 4 to 6 on one CPU), so it is measured and
 reported, not assumed. What is measured is the engine itself, noise and counting included.
 """
 
@@ -43,7 +43,7 @@ CLEARLY = 1.05
 class Choice:
     """How batches are classified: their size, memory layout, how many lanes side by side, and whether by torch.compile.
 
-    `speed`: the samples a second that a trial measured (None: not tried).
+    `speed`: the samples per second that a trial measured (None: not tried).
     """
 
     batch: int

@@ -59,8 +59,8 @@ class RunFolder:
     def begin(self, config: dict[str, Any], environment: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """Opens the folder; returns the checkpoint to go on from, or None for a fresh start.
 
-        `config` is {"config": ..., "sources": ...}. Raises `InputError` if there is a run already and `resume` is not asked
-        for, or the run there has another configuration (naming the differences).
+        `config` is {"config": ..., "sources": ..., "plugin_files": ...}. Raises `InputError` if there is a run already and
+        `resume` is not asked for, or the run there has another configuration (naming the differences).
         """
         if not self.config.exists():
             if self.path.is_file():
@@ -73,7 +73,7 @@ class RunFolder:
         if not resume:
             hint = "Add --resume to go on with it, choose another folder with --out, or remove this one."
             raise InputError(f"{self.path} holds a training run already", hint)
-        self._same(config["config"])
+        self._same(config)
         for torn in self.path.glob(".*.part"):  # what a kill in the middle of a write left behind
             torn.unlink(missing_ok=True)
         if not self.checkpoint.exists():
@@ -108,11 +108,12 @@ class RunFolder:
         write_json(self.path / "environment.json", environment)
         write_json(self.config, config)  # last: its presence says that there is a run
 
-    def _same(self, config: dict[str, Any]) -> None:
+    def _same(self, record: dict[str, Any]) -> None:
         before = read_json(self.config, "configuration of the run")
         if not isinstance(before, dict):
             raise InputError(f"{self.config} is not the configuration of a run", "Choose another --out.")
-        changed = _differences(_decisive(_as_now(before.get("config", {}))), _decisive(config))
+        changed = _differences(_decisive(_as_now(before.get("config", {}))), _decisive(record["config"]))
+        changed += _differences(before.get("plugin_files", {}), record.get("plugin_files", {}), "plugin file")
         differences = [f"  {key}: {old!r} in {self.path}, {new!r} now" for key, old, new in changed]
         if differences:
             text = "\n".join([f"{self.path} was started with another configuration:", *differences])
