@@ -283,7 +283,9 @@ def test_two_stage_meets_the_wanted_loss_at_the_pilot_s_estimate(hits):
 
 
 def test_two_stage_takes_more_for_less_loss_and_never_more_than_n():
-    sizes = [TwoStage(radius_tolerance=loss).plan(counts(900, 100), Question(classes=2)).looks[0] for loss in (0.5, 0.1, 0.01, 1e-6)]
+    sizes = [
+        TwoStage(radius_tolerance=loss).plan(counts(900, 100), Question(classes=2)).looks[0] for loss in (0.5, 0.1, 0.01, 1e-6)
+    ]
     assert sizes == sorted(sizes)
     assert sizes[0] < 500
     assert sizes[-1] == 100_000
