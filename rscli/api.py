@@ -410,8 +410,6 @@ class Architecture(Plugin):
     normalizes: ClassVar[bool] = False
     """Whether the network takes pixels in [0, 1] as they are. If not, the host puts the normalisation of the data in front, as
     a layer."""
-    foreign_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """What other code calls such networks, with the fields that it means by it: `{"cifar_resnet20": {"depth": 20}}`."""
 
     def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
         """A freshly initialised network from images of `spec.shape` to `len(spec.class_names)` logits.
@@ -421,10 +419,6 @@ class Architecture(Plugin):
         eval mode, from several threads at once. Raises `rscli.errors.InputError` when it cannot take that shape.
         """
         raise NotImplementedError
-
-    def own_name(self, name: str) -> str:
-        """What this network calls the tensor that other code calls `name`; `name` itself where it has no other."""
-        return name
 
 
 # --- data sets ---------------------------------------------------------------------------------------------------------------

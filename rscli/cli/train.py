@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -128,6 +128,7 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     from rich.table import Table
 
     from rscli.cli.output import emit_json, stdout
+    from rscli.config.settings import dotted, leaves
     from rscli.training.train import outlook
 
     plans = [outlook(resolved, how) for resolved, how in runs]
@@ -141,7 +142,8 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     resolved, plan = runs[0][0], plans[0]
     seeds = ", ".join(str(one.config.seed) for one, _ in runs)
     table = Table("setting", "value", "source", box=None, pad_edge=False)
-    for key, value in leaves(resolved.as_dict()):
+    for path, value in leaves(resolved.as_dict()):
+        key = dotted(path)
         shown = (key, seeds if key == "seed" else str(value), resolved.sources.get(key, "default"))
         table.add_row(*map(escape, shown))
     console = stdout()
@@ -154,14 +156,3 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     console.print(f"steps per epoch  {steps}{chunks}", highlight=False)
     files = [str(file) for plan in plans for file in plan.files]
     console.print("would write     " + "\n                ".join(files), highlight=False, markup=False)
-
-
-def leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The leaves of nested dictionaries as (dotted key, value)."""
-    found: list[tuple[str, Any]] = []
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            found += leaves(item, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", item))
-    return found

@@ -99,6 +99,12 @@ def leaves(values: Mapping[str, Any], start: Key = ()) -> Iterator[tuple[Key, An
             yield key, value
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The leaves in which two nested tables differ: (dotted key, old value, new value); None for a missing one."""
+    before, now = ({dotted(key): value for key, value in leaves(table)} for table in (old, new))
+    return [(key, before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
 def scalars(value: Any) -> Iterator[Any]:
     """Every value inside lists and tables, or the value itself."""
     if isinstance(value, list | tuple):
