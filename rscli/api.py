@@ -309,7 +309,7 @@ class Optimizer(Plugin):
 
     kind: ClassVar[str] = "optimizers"
 
-    lr: float = Field(gt=0, le=1e6, description="learning rate before the schedule changes it")
+    lr: float = Field(gt=0, le=1e6, description="learning rate before the schedule changes it", json_schema_extra=unit("1"))
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """A torch optimiser of the parameters of `model`; the host sets the learning rate of every group to lr * factor.

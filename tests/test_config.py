@@ -147,10 +147,10 @@ def test_every_layer_overrides_the_one_below_and_is_remembered(tmp_path):
     file.write_text("epochs = 4\nbatch = 64\nseed = 1\n[optimizer]\nmomentum = 0.5\n", encoding="utf-8")
     found = resolve("row", file, ["batch=32", "seed=2"], {"seed": 3, "epochs": None})
     config, sources = found.config, found.sources
-    assert (config.optimizer.weight_decay, sources["optimizer.weight_decay"]) == (1e-4, "default")
-    assert (config.optimizer.lr, sources["optimizer.lr"]) == (0.01, "preset row")
+    assert (config.optimizer["weight_decay"], sources["optimizer.weight_decay"]) == (1e-4, "default")
+    assert (config.optimizer["lr"], sources["optimizer.lr"]) == (0.01, "preset row")
     assert (config.epochs, sources["epochs"]) == (4, str(file))
-    assert (config.optimizer.momentum, sources["optimizer.momentum"]) == (0.5, str(file))
+    assert (config.optimizer["momentum"], sources["optimizer.momentum"]) == (0.5, str(file))
     assert (config.batch, sources["batch"]) == (32, "--set")
     assert (config.seed, sources["seed"]) == (3, "--seed")
     assert (config.loss["eta"], sources["loss.eta"]) == (0.5, "default")
@@ -178,6 +178,10 @@ def test_plugins_are_built_and_their_package_is_recorded():
         ("noises", "gaussian", "fake", "1.0"),
         ("losses", "consistency", "fake", "1.0"),
         ("attacks", "pgd", "fake", "1.0"),
+        ("optimizers", "sgd", "fake", "1.0"),
+        ("schedules", "step", "fake", "1.0"),
+        ("loggers", "jsonl", "fake", "1.0"),
+        ("callbacks", "checkpoint", "fake", "1.0"),
     ]
 
 
@@ -361,7 +365,10 @@ WRONG = {
         ["schedule.milestones=[0]"],
         "schedule.milestones = [0] (--set): must be increasing numbers of epochs, the first at least 1",
     ),
-    "milestones-fraction": (["schedule.milestones=[1.5]"], "schedule.milestones = [1.5] (--set): must be a valid integer"),
+    "milestones-fraction": (
+        ["schedule.milestones=[1.5]"],
+        "schedule.milestones = [1.5] (--set): must be a valid integer, got a number with a fractional part",
+    ),
     "gamma": (["schedule.gamma=2"], "schedule.gamma = 2 (--set): must be less than or equal to 1"),
     "plugin-field": (["noise.sigma=-1"], "noise.sigma = -1 (--set): must be greater than 0"),
     "choice": (["loss.form=l1"], "loss.form = \"l1\" (--set): must be 'default', 'xent' or 'mse'"),
@@ -382,13 +389,16 @@ WRONG = {
     "unknown-top": (["epoch=3"], "epoch = 3 (--set): unknown key; did you mean epochs?"),
     "unknown-table": (["optimiser.lr=1"], "optimiser.lr = 1 (--set): unknown key; did you mean optimizer.lr?"),
     "unknown-name": (["arch.nmae=x"], 'arch.nmae = "x" (--set): unknown key; did you mean arch.name?'),
-    "unknown-nothing-near": (["zzz=1"], "zzz = 1 (--set): unknown key; the keys here are batch, chunk, epochs, seed"),
+    "unknown-nothing-near": (
+        ["zzz=1"],
+        "zzz = 1 (--set): unknown key; the keys here are batch, callbacks, chunk, epochs, loggers, seed",
+    ),
     "unknown-nothing-near-in-section": (
         ["attack.zzz=1"],
         "attack.zzz = 1 (--set): unknown key; the keys here are attack.epsilon, attack.name, attack.steps",
     ),
     "header-outside-a-file": (["preset.title=x"], None),
-    "value-for-section": (["optimizer=3"], "optimizer = 3 (--set): is a section with keys of its own, not a value"),
+    "value-for-section": (["optimizer=3"], "optimizer = 3 (--set): is a section; write optimizer.name=NAME"),
     "value-for-plugin": (["loss=stability"], 'loss = "stability" (--set): is a section; write loss.name=NAME'),
     "no-equals": (["epochs"], "--set 'epochs': must read key=value, such as --set loss.lbd=5"),
     "empty-key": (["loss.=3"], "--set 'loss.=3': must read key=value, such as --set loss.lbd=5"),
@@ -441,11 +451,11 @@ def test_the_layer_of_a_wrong_value_is_its_file(tmp_path):
 
 def test_everything_that_is_missing_is_listed_with_what_to_write():
     assert problems(preset=None) == [
-        "optimizer.lr: is missing (learning rate before its first drop); write --set optimizer.lr=VALUE",
         "data.name: must name a plugin; write --set data.name=NAME, one of: digits",
         "arch.name: must name a plugin; write --set arch.name=NAME, one of: small, zoo",
         "noise.sigma: is missing (standard deviation of the noise); write --set noise.sigma=VALUE",
         "loss.name: must name a plugin; write --set loss.name=NAME, one of: broken, consistency, stability",
+        "optimizer.lr: is missing (learning rate before the schedule changes it); write --set optimizer.lr=VALUE",
     ]
 
 
