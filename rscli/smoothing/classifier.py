@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rscli.api import Certificate, Noise, Question, Transform
+from rscli.config.layers import build_section
+from rscli.config.problems import Problems
+from rscli.config.settings import flatten
 from rscli.data.splits import to_unit
 from rscli.data.transforms import load_image
 from rscli.errors import InputError
@@ -63,9 +66,11 @@ class SmoothedClassifier(Smoothed):
         """
         if (sigma is None) == (noise is None):
             raise InputError("a smoothed classifier needs its noise", "Give either sigma=0.5, say, or noise=PLUGIN.")
-        found = noise if noise is not None else installed().build("noises", _default("noises", sigma=sigma))
+        found = noise if noise is not None else _default_noise(sigma)
         names = tuple(map(str, range(class_names))) if isinstance(class_names, int) else tuple(class_names)
-        super().__init__(network, cast(Noise, found), names, shape=input_shape, transform=transform, source=source)
+        if not names:
+            raise InputError("a classifier has one class or more", f"Give class_names; they are {class_names!r}.")
+        super().__init__(network, found, names, shape=input_shape, transform=transform, source=source)
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -123,7 +128,7 @@ class SmoothedClassifier(Smoothed):
         Raises `InputError` for images that do not fit, and whatever `rscli certify` raises for its options.
         """
         given = {"n": n, "alpha": alpha, **({} if n0 is None else {"n0": n0}), **settings}
-        name = certifier or _default("certifiers")["name"]
+        name = certifier or installed().default("certifiers")
         rule = build_certifier({"name": name, **given})
         chosen = decided_radii(rule, self.noise, tuple(map(float, radii)))
         pixels = self._pixels(images)
@@ -213,7 +218,7 @@ class SmoothedClassifier(Smoothed):
             transform = self.transform
             found: Sequence[Tensor] = [load_image(Path(cast(str, path)), transform) for path in images]
         else:
-            found = [torch.as_tensor(image) for image in images]
+            found = [_tensor(image, place) for place, image in enumerate(images)]
         for place, image in enumerate(found):
             problem = self._problem(image, found[0].shape)
             if problem:
@@ -228,12 +233,21 @@ class SmoothedClassifier(Smoothed):
         wanted = self.shape or tuple(first)
         if tuple(image.shape) != wanted:
             return f"has the shape {tuple(image.shape)}, and must have {wanted}"
-        if image.dtype == torch.uint8:
+        if image.dtype == torch.uint8 and image.numel():
             return None
-        if not image.is_floating_point():
+        if image.dtype != torch.uint8 and not image.is_floating_point():
             return f"has numbers of type {image.dtype}"
+        if not image.numel():
+            return f"has no pixels: its shape is {tuple(image.shape)}"
         low, high = image.min().item(), image.max().item()
         return None if low >= 0 and high <= 1 else f"has pixels from {low:g} to {high:g}"  # NaN is neither
+
+
+def _tensor(image: Any, place: int) -> Tensor:
+    try:
+        return torch.as_tensor(image)
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise InputError(f"image {place} is no array of numbers: {cause}", "Images are tensors or numpy arrays.") from cause
 
 
 def to_unit_if_bytes(image: Tensor) -> Tensor:
@@ -252,6 +266,10 @@ def _left_as_it_was(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _default(kind: str, **fields: Any) -> dict[str, Any]:
-    """The section of the default plugin of a `kind`."""
-    return {"name": installed().default(kind), **fields}
+def _default_noise(sigma: float | None) -> Noise:
+    """The default noise. Raises `ConfigError` for a sigma that it does not take."""
+    section = {"name": installed().default("noises"), "sigma": sigma}
+    problems = Problems(flatten({"noise": section}, "as given"))
+    plugin = build_section("noise", section, problems)
+    problems.check()
+    return cast(Noise, plugin)
