@@ -70,7 +70,7 @@ def certify(certifier: Certifier, p: tuple[float, ...], label: int | None) -> Se
             continue
         certified += 1
         own, other = p[decision.predict], max(p[: decision.predict] + p[decision.predict + 1 :])
-        claim = certified_radius(decision, GAUSSIAN, dict(zip(THRESHOLDS, RADII, strict=True)) if certifier.grid else None)
+        claim = certified_radius(decision, GAUSSIAN, RADII if certifier.grid else ())
         too_far = claim > GAUSSIAN.radius(own, other) + 1e-12 or own <= other
         wrong += own <= decision.p_a or other > decision.p_b or too_far
     return Seen(certified / IMAGES, wrong)

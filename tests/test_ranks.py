@@ -21,11 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 from victims import BEGUN, ROW, STEP_SECONDS, TOGETHER, kill
 
+from rscli.api import Certificate
 from rscli.cli.app import app
 from rscli.config.layers import resolve
 from rscli.errors import InputError
@@ -195,13 +197,14 @@ class Costly:
 class Costs:
     """In place of images and of the result file, which is closed when all images are done."""
 
-    inquire, path, rows, done, radii = Costly, Path("r.tsv"), (), frozenset(), MappingProxyType({})
+    inquire, path, rows, done, radii = Costly, Path("r.tsv"), (), frozenset(), ()
+    labels = MappingProxyType(dict.fromkeys(range(1000), 0))
 
     def __init__(self, close: Callable[[], None]) -> None:
         self.close = close
 
-    def row(self, inquiry, seconds: float) -> Row:
-        return Row(inquiry.key, 0, 0, 0.0, True, seconds)
+    def certificate(self, inquiry) -> Certificate:
+        return Certificate(inquiry.key, 0, 0.0, 0.9, 0.1, 0, 1, np.array([1, 0]), 0, "n-reached")
 
     def append(self, row: Row) -> None:
         pass
@@ -221,7 +224,7 @@ def test_samples_are_balanced_though_images_differ_a_hundredfold_and_a_batch_hol
         costs = Costs(lambda: clock.done(rank))
         try:
             clock.forward(rank, 0)
-            run = _Run(costs, sampler, costs, Together(store, rank, world), Silent(), StopRequest())
+            run = _Run(costs, costs, sampler, costs, Together(store, rank, world), Silent(), StopRequest())
             run.over(list(range(images)), merge=False)
         finally:
             samples[rank] = sampler.samples

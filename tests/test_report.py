@@ -401,8 +401,8 @@ def test_a_plot_says_that_between_given_radii_it_shows_a_bound(tmp_path):
 @pytest.mark.parametrize(
     ("name", "key", "ours", "theirs", "decisive"),
     [
-        ("two-stage", "loss", 0.05, 0.5, True),
-        ("two-sided", "share", 0.9, 0.5, True),
+        ("two-stage", "radius_tolerance", 0.05, 0.5, True),
+        ("two-sided", "alpha_split", 0.9, 0.5, True),
         ("sequential", "early", 0.2, 0.0, True),
         ("sequential", "futility", 0.001, 0.5, False),
         ("cohen", "early_abstain", False, True, False),
@@ -434,7 +434,7 @@ def test_settings_are_compared_among_runs_of_one_certifier(tmp_path):
     assert compared(*paths[:2]).notes == ("certifier: mine (0); two-stage (1)",)
     with pytest.raises(InputError) as caught:
         compared(*paths)
-    assert caught.value.message.splitlines()[1:] == ["  loss of two-stage: 0.2 (1); 0.3 (2)"]
+    assert caught.value.message.splitlines()[1:] == ["  radius_tolerance of two-stage: 0.2 (1); 0.3 (2)"]
 
 
 def test_what_a_protocol_tells_of_the_certifier_twice_is_compared_once(tmp_path):
