@@ -4,6 +4,8 @@ A plugin is a pydantic model: its fields are its hyper-parameters (type, bounds,
 does the work. Presets validate against the fields, `rscli plugins info KIND NAME` prints them, and the model file records them.
 A plugin is found through an entry point in the group `rscli.<kind>`; the first line of its docstring is its description.
 
+A data set that reads folders takes `class_folders` and `list_images` from here, so that an image is the same thing everywhere.
+
 This module imports no torch, so that listings stay fast; plugins that keep torch out of their module level do the same
 favour to their users.
 
@@ -20,6 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from rscli.image_files import (
+    COMMON_SUFFIXES,
+    ImageListing,
+    class_folders,
+    has_images,
+    list_images,
+    loose_images,
+    skipped_text,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -255,12 +267,14 @@ class MemoryImages:
 class FileImages:
     """A split read from disk image by image: `paths` in a fixed order, `labels` int64 (n,).
 
-    `cache`: the split is small; the engine reads it once, through the test transform, and holds it in memory.
+    `cache`: the split is small; the engine reads it once, through the test transform, and holds it in memory. `note`: a line
+    for the user when the split is opened, such as the `skipped_text` of what was found.
     """
 
     paths: Sequence[Path]
     labels: NDArray[np.int64]
     cache: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -394,6 +408,7 @@ def fields_of(plugin: Plugin) -> Mapping[str, Any]:
 __all__ = [
     "ABSTAIN",
     "API_VERSION",
+    "COMMON_SUFFIXES",
     "KINDS",
     "Architecture",
     "Attack",
@@ -404,6 +419,7 @@ __all__ = [
     "Decision",
     "FileImages",
     "Finding",
+    "ImageListing",
     "Loss",
     "MemoryImages",
     "Noise",
@@ -414,6 +430,11 @@ __all__ = [
     "Question",
     "TrainStep",
     "Transform",
+    "class_folders",
     "fields_of",
+    "has_images",
+    "list_images",
+    "loose_images",
+    "skipped_text",
     "unit",
 ]

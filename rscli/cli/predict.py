@@ -47,10 +47,11 @@ def predict(
     from rscli.smoothing.predict import predict as run
 
     rule = build_certifier({"name": "cohen", "n": n, "n0": n0, "alpha": alpha}) if certify else vote(n, alpha)
-    loaded, paths = load_model(model_path(model)), find_images(images)
+    progress = listener(quiet)
+    loaded, paths = load_model(model_path(model)), find_images(images, progress)
     sampling = SamplingOptions(device=device, batch=batch, precision=precision, channels_last=channels_last, seed=seed)
     found = []
-    for prediction in run(loaded, paths, rule, sampling, listener(quiet)):
+    for prediction in run(loaded, paths, rule, sampling, progress):
         found.append(prediction)
         if json:
             emit_json_line(_plain(prediction))

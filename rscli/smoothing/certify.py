@@ -103,6 +103,8 @@ def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest) -> 
     certifier = build_certifier(options.certifier)
     options = replace(options, radii=decided_radii(certifier, model.noise, options.radii))
     split = _open(model, options)
+    if split.note and ranks.rank == 0:
+        progress.warn(split.note)
     wanted = _wanted(options, len(split))
     images = Images(model, certifier, split, options.radii, labels=options.labels)
     sampler, protocol = _prepare(model, images, options, ranks, progress, stop, wanted)
