@@ -63,6 +63,11 @@ class Plugin(BaseModel):
     variant: ClassVar[str | None] = None
     """The field that takes the part behind a slash in a name: `timm/resnet18` sets the field `model` of the plugin `timm`."""
 
+    @classmethod
+    def offers(cls, name: str) -> bool:  # noqa: ARG003
+        """Whether the field `variant` takes `name`; asked when no plugin has that name, to suggest this one. May be slow."""
+        return False
+
 
 # --- noises ------------------------------------------------------------------------------------------------------------------
 
@@ -196,6 +201,13 @@ class Architecture(Plugin):
     """Builds a network. The engine puts the normalisation of the data set in front, as a layer."""
 
     kind: ClassVar[str] = "architectures"
+    field_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """What other code calls networks of this kind, with the fields that make them: `{"cifar_resnet110": {"depth": 110}}`."""
+
+    @classmethod
+    def rename(cls, name: str) -> str:
+        """The network's name of a tensor that other code calls `name`, whatever is in front of it; an unknown `name` stays."""
+        return name
 
     def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
         """A freshly initialised network from images `input_shape` (channel, height, width) to `classes` logits.

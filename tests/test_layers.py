@@ -15,8 +15,8 @@ TORCH = {"runtime", "data", "models", "results", "sampling", "smoothing", "train
 SLOW = {"torch", "timm", "torchvision", "sklearn", "matplotlib", "pandas"}
 
 ORDER = (
-    "errors", "image_files", "api", "stats", "registry", "config", "runtime", "data", "models", "results", "sampling", "smoothing",
-    "training", "doctor", "report", "cli",
+    "errors", "image_files", "api", "stats", "registry", "config", "runtime", "data", "models", "results", "sampling",
+    "smoothing", "training", "doctor", "report", "cli",
 )  # fmt: skip
 MAY_IMPORT = {layer: set(ORDER[:place]) for place, layer in enumerate(ORDER)}
 MAY_IMPORT |= {

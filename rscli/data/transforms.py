@@ -114,8 +114,8 @@ def _level(image: Image.Image) -> int:
     if not isinstance(image, PngImageFile) or not image.tile:
         return 1
     layout = image.tile[0][3]
-    raw = layout if isinstance(layout, str) else layout[0]
-    return 0 if raw == "RGB;16B" else PNG_LEVELS.get(raw, 1)
+    raw = layout[0] if isinstance(layout, tuple) else layout
+    return 0 if raw == "RGB;16B" else PNG_LEVELS.get(str(raw), 1)
 
 
 def _upright(flat: Image.Image, source: Image.Image) -> Image.Image:
