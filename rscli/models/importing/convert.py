@@ -205,7 +205,7 @@ def _unknown_arch(checkpoint: Checkpoint) -> InputError:
     says = (
         "does not say which architecture it is of"
         if checkpoint.arch is None
-        else f"says arch = {checkpoint.arch!r}, a name that no plugin knows (known are {', '.join(field_archs())} and timm's names)"
+        else f"says arch = {checkpoint.arch!r}, which no plugin knows (known: {', '.join(field_archs())}, timm's names)"
     )
     hint = (
         "Name it: --arch NAME, with its fields as --set arch.KEY=VALUE; timm's models are timm/NAME. `rscli plugins` lists all."

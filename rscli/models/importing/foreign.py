@@ -110,13 +110,13 @@ def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
 def _split_ema(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The plain tensors, and those of a moving average in the same state dict: behind a prefix such as `ema_model.`.
 
-    A network may have layers that are called `ema`: a moving average has each of its tensors twice.
+    A network may have layers that are called `ema`: a moving average has about as many tensors as the plain weights, by the same names (perhaps with `module.` before them).
     """
     inside = {name for name in tensors if any(EMA.search(part) for part in name.split("."))}
     plain = {name: tensor for name, tensor in tensors.items() if name not in inside}
     known = {".".join(name.split(".")[start:]) for name in plain for start in range(len(name.split(".")))}
-    twice = {name for name in inside if _behind_ema(name) in known}
-    if 2 * len(twice) <= len(inside) or not plain:
+    twice = {name for name in inside if known & {_behind_ema(name), _behind_ema(name).partition(".")[2]}}
+    if 2 * len(twice) <= max(len(inside), len(plain)) or not plain:
         return tensors, {}
     return plain, {name: tensors[name] for name in twice}
 
@@ -160,9 +160,10 @@ def _begin(tensors: Mapping[str, Tensor]) -> str:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+        # An open file: by its path, torch would take a .safetensors file for one, whatever is in it.
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS), path.open("rb") as file:
             warnings.simplefilter("ignore")  # torch's advice to whoever wrote the file
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as cause:  # a damaged pickle trips the reader with exceptions of any type
         if isinstance(cause, UnpicklingError) or "TorchScript" in str(cause):
             raise _refused(path, str(cause)) from cause
@@ -173,7 +174,13 @@ def _read_torch(path: Path) -> Any:
 def _refused(path: Path, reason: str) -> InputError:
     """What to do about a pickle that torch's restricted reader does not read."""
     found = re.search(r"GLOBAL (\S+)", reason)
-    what = f" ({found[1]})" if found else ", or is a pickle that torch's safe reader does not know"
+    what = (
+        f" ({found[1]})"
+        if found
+        else " (a TorchScript program)"
+        if "TorchScript" in reason
+        else ", or is a pickle that torch's safe reader does not know"
+    )
     return InputError(
         f"refused: {path} contains code or objects beyond tensors{what}; nothing of it was executed",
         "Often these are harmless: a whole module instead of its state dict, or a class of the author's. If you trust whoever "
@@ -188,8 +195,8 @@ def _way_out(path: Path) -> str:
     names = [f"{stem}-weights.pth", *(f"{stem}-weights-{number}.pth" for number in range(2, 1000))]
     new = next((path.with_name(name) for name in names if not path.with_name(name).exists()), path.with_name(names[-1]))
     return (
-        f"  import torch; c = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
-        "  c = (f := lambda v: f(v.state_dict()) if hasattr(v, 'state_dict') else {str(k): f(w) for k, w in v.items()} "
+        f"  import torch; c = torch.load(open({str(path)!r}, 'rb'), map_location='cpu', weights_only=False)\n"
+        "  c = (f := lambda v: None if isinstance(v, type) else f(v.state_dict()) if hasattr(v, 'state_dict') else {str(k): f(w) for k, w in v.items()} "
         "if hasattr(v, 'items') else v if type(v) in (str, int, float) or getattr(v, 'dtype', object) != object else None)(c)\n"
         f"  torch.save(c, open({str(new)!r}, 'xb'))"
     )

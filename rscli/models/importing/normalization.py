@@ -48,8 +48,7 @@ def take_constants(fit: Fit, checkpoint: Checkpoint, prefix: str = "") -> tuple[
     They may also be `outside` of the wanted `prefix`, in a layer beside the network that this names. Several layers are as
     good as one if they hold the same numbers. Raises `InputError` if they cannot be those of images in [0, 1].
     """
-    beside = {name: t for name, t in checkpoint.outside.items() if prefix.startswith(_holder(name))}
-    pool = {**beside, **fit.extra}
+    pool = {**_beside(checkpoint, prefix), **fit.extra}
     means, stds = ([n for n in pool if n.rpartition(".")[2] in kind] for kind in (MEANS, STDS))
     found = [{tuple(pool[name].flatten().tolist()) for name in names} for names in (means, stds)]
     if any(len(different) != 1 for different in found):
@@ -67,6 +66,13 @@ def take_constants(fit: Fit, checkpoint: Checkpoint, prefix: str = "") -> tuple[
 def _holder(name: str) -> str:
     """What holds the layer of a tensor: `module.` of `module.normalizer.mean`."""
     return ".".join([*name.split(".")[:-2], ""]) if name.count(".") > 1 else ""
+
+
+def _beside(checkpoint: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:
+    """The constants outside of `prefix` that are nearest to the network it names: under the longest part of it."""
+    around = {name: _holder(name) for name in checkpoint.outside if name.rpartition(".")[2] in MEANS | STDS}
+    nearest = max((holder for holder in around.values() if prefix.startswith(holder)), key=len, default=None)
+    return {name: checkpoint.outside[name] for name, holder in around.items() if holder == nearest}
 
 
 def choose_normalization(
