@@ -1,4 +1,4 @@
-"""What training scripts of others save, and what else is taken for a checkpoint: each kind is read, or named with a way that works."""
+"""What training scripts of others save, and what else is taken for a checkpoint: each is read, or named with a way that works."""
 
 from __future__ import annotations
 
@@ -211,8 +211,6 @@ def test_nothing_on_the_list_is_anything_but_a_stand_in_of_ours():
         "subprocess Popen",
         "pathlib Path.unlink",
         "shutil rmtree",
-    ]
-    + [
         "numpy.core.multiarray fromfile",
         "numpy load",
         "functools partial",
@@ -397,7 +395,7 @@ def test_offline_it_is_the_weights_that_are_unavailable(monkeypatch):
     ) as found:
         TimmModel(model="resnet18", pretrained=True).build(10, (3, 32, 32))
     assert "timm.create_model('resnet18', pretrained=True)" in found.value.hint
-    with pytest.raises(InputError, match="timm has no pretrained weights for 'resnet50_mlp'|no pretrained weights"):
+    with pytest.raises(InputError, match="timm has no pretrained weights for"):
         TimmModel(model=next(m for m in timm.list_models() if not timm.is_model_pretrained(m)), pretrained=True).build(
             10, (3, 224, 224)
         )

@@ -110,7 +110,8 @@ def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
 def _split_ema(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The plain tensors, and those of a moving average in the same state dict: behind a prefix such as `ema_model.`.
 
-    A network may have layers that are called `ema`: a moving average has about as many tensors as the plain weights, by the same names (perhaps with `module.` before them).
+    A network may have layers that are called `ema`: a moving average has about as many tensors as
+    the plain weights, by the same names (perhaps with `module.` before them).
     """
     inside = {name for name in tensors if any(EMA.search(part) for part in name.split("."))}
     plain = {name: tensor for name, tensor in tensors.items() if name not in inside}
@@ -196,7 +197,8 @@ def _way_out(path: Path) -> str:
     new = next((path.with_name(name) for name in names if not path.with_name(name).exists()), path.with_name(names[-1]))
     return (
         f"  import torch; c = torch.load(open({str(path)!r}, 'rb'), map_location='cpu', weights_only=False)\n"
-        "  c = (f := lambda v: None if isinstance(v, type) else f(v.state_dict()) if hasattr(v, 'state_dict') else {str(k): f(w) for k, w in v.items()} "
+        "  c = (f := lambda v: None if isinstance(v, type) else f(v.state_dict()) if hasattr(v, 'state_dict') else "
+        "{str(k): f(w) for k, w in v.items()} "
         "if hasattr(v, 'items') else v if type(v) in (str, int, float) or getattr(v, 'dtype', object) != object else None)(c)\n"
         f"  torch.save(c, open({str(new)!r}, 'xb'))"
     )
