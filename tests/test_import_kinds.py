@@ -1,4 +1,4 @@
-"""What training scripts of others save, and what else is taken for a checkpoint: each is read, or named with a way that works."""
+"""What training scripts of others save, and what else is taken for a checkpoint: each is read, or named with a way on."""
 
 from __future__ import annotations
 

@@ -66,16 +66,15 @@ def _only_extra(fit: Fit) -> str | None:
     if len(fit.copies) > 1:
         ways = " or ".join(f"--prefix {prefix}" for prefix in fit.copies if prefix)
         return f"It holds {len(fit.copies)} networks that fit. Name the one to import: {ways}."
+    own = {name.partition(".")[0] for name in fit.expected}
+    if any(n.startswith(fit.prefix) and n.removeprefix(fit.prefix).partition(".")[0] in own for n in fit.extra):
+        return None  # more of the network's own parts: it is a deeper one
     starts = dict.fromkeys(f"{name.rpartition('.')[0]}.*" if "." in name else name for name in fit.extra)
     roots = dict.fromkeys(start.partition(".")[0] for start in starts)
-    if not any(name.partition(".")[0] in roots for name in _files_names(fit)):
-        starts = dict.fromkeys(f"{root}.*" if f"{root}" not in fit.extra else root for root in roots)
+    if not any((fit.prefix + name).partition(".")[0] in roots for name in fit.tensors):
+        starts = dict.fromkeys(root if root in fit.extra else f"{root}.*" for root in roots)
     ways = " ".join(f"--ignore '{start}'" for start in list(starts)[:8])
     return f"The network is whole. If the extra tensors were for training only, leave them out: {ways}"
-
-
-def _files_names(fit: Fit) -> list[str]:
-    return [fit.prefix + name for name in fit.tensors]
 
 
 def _other_classes(fit: Fit, classes: int) -> tuple[str, int] | None:
