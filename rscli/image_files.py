@@ -145,7 +145,7 @@ def _walk(top: Path, skipped: Counter[str]) -> Iterator[tuple[Path, list[str]]]:
             elif _ask(entry.is_file):
                 names.append(entry.name)
             else:
-                skipped["broken links" if entry.is_symlink() else "no regular files"] += 1
+                skipped["broken links" if entry.is_symlink() else "pipes or devices"] += 1
         yield folder, names
 
 
