@@ -43,7 +43,9 @@ def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, down
         return MemorySplit(found.images, found.labels, spec)
     files = FileSplit(found.paths, found.labels, spec, workers=workers)
     cache = found.cache and not spec.augmentation.resized_crop
-    return files.in_memory() if cache else files
+    opened: Split = files.in_memory() if cache else files
+    opened.note = found.note
+    return opened
 
 
 class Batch(NamedTuple):
@@ -66,6 +68,8 @@ class Split(ABC):
         self.labels = labels
         """int64 (n,)"""
         self.spec = spec
+        self.note = ""
+        """What the data set has to say of the split, for the user to read once."""
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -104,6 +104,8 @@ def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest) -> 
     certifier = build_certifier(options.certifier)
     options = replace(options, radii=decided_radii(certifier, model.noise, options.radii))
     split = _open(card_of(model), options)
+    if split.note and ranks.rank == 0:
+        progress.warn(split.note)
     wanted = _wanted(options, len(split))
     images = Images(model, certifier, split.image, options.radii, split.labels.__getitem__ if options.labels else None)
     sampler, protocol = _prepare(model, images, split, options, ranks, progress, stop, wanted)

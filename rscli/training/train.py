@@ -105,6 +105,8 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     device = pick_device(options.device)
     spec = resolved.dataset.spec(options.data_dir)
     split = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)
+    if split.note:
+        progress.warn(split.note)
     trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
     check_single_image_batches(resolved, trainer.classifier, spec, len(split))
     folder = RunFolder(options.out)
