@@ -395,8 +395,8 @@ def test_a_missing_file_and_a_folder_without_results(tmp_path):
 
 def test_a_protocol_from_the_future_is_refused(tmp_path):
     written(path := tmp_path / "r.tsv")
-    protocol_path(path).write_text('{"format": 2}')
-    with pytest.raises(InputError, match="format 2"):
+    protocol_path(path).write_text('{"format": 3}')
+    with pytest.raises(InputError, match="format 3"):
         read_results(path)
 
 

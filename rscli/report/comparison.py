@@ -36,8 +36,8 @@ class Summary:
 
     `acr` is a `lower_bound` if the certifier decided given radii only. If 0 is none of them, `abstained` counts the images
     without a certificate at the smallest, which is an upper bound (`abstained_upper_bound`). `largest` is the largest radius
-    certified for a right answer, `seconds` the sum of the times of all images, `may_be_wrong` how many of all certificates may
-    be wrong, at confidence 1 - RHO.
+    certified for a right answer, `seconds` the sum of the times of all images (None if the file does not say all), and
+    `may_be_wrong` how many of all certificates may be wrong, at confidence 1 - RHO.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Summary:
     abstained_upper_bound: bool
     saturated: int | None
     samples: int | None
-    seconds: float
+    seconds: float | None
     may_be_wrong: int | None
 
 

@@ -81,7 +81,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, what: str) -> Any:
     """The JSON value in `path`. Raises `InputError`, calling the file `what`, if it is missing or broken."""
-    return _reading(path, what, lambda: json.loads(path.read_text(encoding="utf-8")))
+    return _reading(path, what, lambda: json.loads(path.read_text(encoding="utf-8-sig")))
 
 
 def _reading(path: Path, what: str, read: Callable[[], Any]) -> Any:

@@ -17,7 +17,7 @@ from rscli.data.splits import Split, open_split
 from rscli.errors import InputError, RscliError, Stopped
 from rscli.models.modelfile import Model, load_model
 from rscli.registry import installed
-from rscli.results.protocol import protocol_path, read_protocol
+from rscli.results.protocol import FORMAT, protocol_path, read_protocol
 from rscli.results.shards import part_path, parts_of, union
 from rscli.results.writer import ResultWriter
 from rscli.runtime.devices import environment
@@ -152,7 +152,7 @@ class _Run:
         self.writer.close()
         self.ranks.meet("done", self.stop)
         if merge and self.ranks.rank == 0:
-            missing = set(wanted) - {row.idx for row in union(self.writer.path, self.writer.rows)}
+            missing = set(wanted) - {row.idx for row in union(self.writer.path, self.writer.rows, self.writer.protocol)}
             if missing:
                 hint = "All processes must write to one folder: use an --out that they share, then --resume."
                 raise RscliError(f"{len(missing)} images are in no part beside {self.writer.path}", hint)
@@ -296,7 +296,7 @@ def _protocol(
     card, sampling = model.card, options.sampling
     origin = installed().provenance("certifiers", options.certifier["name"])
     return {
-        "format": 1,
+        "format": FORMAT,
         "model_sha256": model.sha256,
         "dataset": card.data["name"],
         "split": options.split,
@@ -330,6 +330,9 @@ def _protocol(
             "lanes": choice.lanes,
             "trial": choice.speed is not None,
             "compile": choice.compiled,
+            "classes": len(card.spec.class_names),
+            "images": len(split),
+            "certifier_version": origin.version,
             **environment(sampler.device),
         },
     }
