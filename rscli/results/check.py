@@ -25,7 +25,7 @@ from rscli.results.protocol import digest
 from rscli.results.rows import Row, broken
 
 TOLERANCE = 1e-9
-"""A recomputed radius may differ by so much, relatively, and by a hundredth of it absolutely: another SciPy, another processor."""
+"""So much may a recomputed radius differ, relatively, and by a hundredth of it absolutely: on another SciPy, say."""
 
 MANY_CLASSES = 10_000
 """More classes than this are not made up to recompute a row."""
@@ -41,7 +41,7 @@ class _Case(NamedTuple):
 
     n0: int
     n: int
-    count: int
+    hits: int
     runner_up: int
 
 
@@ -170,28 +170,28 @@ class _Recompute:
         starts = self._starts(case.n, question, wanted)
         if not starts:
             return self._no_look(case.n, question, wanted)
-        counts, found = _spread(case.count, case.runner_up, case.n, classes), None
+        counts, found = _spread(case.hits, case.runner_up, case.n, classes), None
         for start in starts:
             found = self._outcome(self._decide(question, start, [(counts, case.n)]))
             if found is not None and found.same(said):
                 return None
             if any(said.same(other) for other in self._after_earlier(case, question, start, counts)):
                 return None
-        crowded = _crowded(case.count, case.runner_up, case.n, classes)
+        crowded = _crowded(case.hits, case.runner_up, case.n, classes)
         if any(found != self._outcome(self._decide(question, start, [(crowded, case.n)])) for start in starts[-1:]):
             return None  # it depends on counts that are not recorded
         return self._difference(case, said, found)
 
     def _classes(self, case: _Case) -> int | str:
         """How many classes there are, at least; a text if no number of them can have been given the samples."""
-        rest = case.n - case.count - case.runner_up
+        rest = case.n - case.hits - case.runner_up
         if case.n and rest and not case.runner_up:
             return f"runner_up is 0, but {rest} of the {case.n} samples were given other classes than the one under test"
         others = 1 + (-(-rest // case.runner_up) if rest else 0)
         if self.classes is None:
             return 1 + others
         if 1 + others > self.classes and (case.runner_up or rest):
-            least = -(-(case.n - case.count) // max(self.classes - 1, 1))
+            least = -(-(case.n - case.hits) // max(self.classes - 1, 1))
             return f"runner_up is {case.runner_up}, but of {self.classes} classes one other has at least {least} samples"
         return self.classes
 
@@ -259,7 +259,7 @@ class _Recompute:
         for look in plan.looks:
             if look >= case.n:
                 return
-            least, most = max(0, case.count - (case.n - look)), min(look, case.count)
+            least, most = max(0, case.hits - (case.n - look)), min(look, case.hits)
             for low, high, state in self._states(question, start, look):
                 hits = max(low, least)
                 if hits > min(high, most) or state in tried:
@@ -302,7 +302,7 @@ class _Recompute:
 
     def _difference(self, case: _Case, said: _Outcome, found: _Outcome | None) -> str:
         """What the row says, and what it must be."""
-        given = f"{case.count} of {case.n} samples (runner-up {case.runner_up})"
+        given = f"{case.hits} of {case.n} samples (runner-up {case.runner_up})"
         if found is None:
             return f"{_shown(said)}, but {given} do not lead the certifier {self.name} to that under this protocol"
         if said.certified != found.certified:

@@ -79,7 +79,7 @@ class Table:
             self.changes["no column time: how long it took is unknown"] = 0
 
     def row(self, line: str) -> Row | None:
-        """The row of a line; None for what is between rows: a comment, or a header again. Raises `ValueError` as `parse_row`."""
+        """The row of a line; None for a comment, or a header again. Raises `ValueError` as `parse_row` does."""
         try:
             return parse_row(self._plain(line), self.columns, foreign=not self.ours)
         except ValueError:
@@ -105,10 +105,8 @@ class Table:
         return line if self.separator == "\t" and '"' not in line else "\t".join(self._cells(line))
 
     def _cells(self, line: str) -> list[str]:
-        if '"' in line and not self.ours:
+        if '"' in line:
             self.changes["cells in quotation marks"] += 1
-        elif '"' in line:
-            self.changes["cells in quotation marks, as a spreadsheet writes them"] += 1
         return _split(line, self.separator, len(self.columns))
 
     def _fixed(self, line: str) -> tuple[list[str], list[str]]:

@@ -151,7 +151,8 @@ def claim(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
             write_text(mine, json.dumps(signed, indent=2, ensure_ascii=False) + "\n")
             _place(mine, beside)
         finally:
-            mine.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(mine)  # noqa: PTH108
     there = read_protocol(path)
     if there is None:
         raise InputError(f"{beside} was removed while this run began", "Run the same command again.")
@@ -159,7 +160,7 @@ def claim(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
 
 
 def _place(mine: Path, beside: Path) -> None:
-    """Gives the whole file `mine` the name `beside` too, unless there is such a file; copies it where there are no hard links."""
+    """Gives the whole file `mine` the name `beside` too, unless that is taken; without hard links, copies it there."""
     with writing(beside), contextlib.suppress(FileExistsError):
         try:
             os.link(mine, beside)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Results:
     """A result file, ours or another tool's: arrays (images,) in the order of its lines.
 
-    `radius` is >= 0; `seconds` is the column `time`, NaN where it is unknown. Our own columns are None unless every row has them. `protocol` is None
-    for a file that has none beside it; `notes` are lines that a reader should know of.
+    `radius` is >= 0; `seconds` is the column `time`, NaN where it is unknown. Our own columns are None unless every row has
+    them. `protocol` is None for a file that has none beside it; `notes` are lines that a reader should know of.
     """
 
     path: Path
@@ -48,11 +48,11 @@ class Results:
 def read_results(path: Path) -> Results:
     """Reads a result file of ours, or one that the field's other tools wrote; a folder stands for its `results.tsv`.
 
-    Reads what is unambiguous of other tools' forms, and of what editors and spreadsheets make of a file: any time or none, True
-    and False, other separators and line ends (`rscli.results.foreign`), and says so in `notes`. A last line of ours without line
-    feed (its run goes on, or was killed) is left out, with a note. Raises `InputError` with the line number for every broken
-    line, for a row that cannot be under the protocol beside it (`rscli.results.check`), for a part of another protocol, and for a
-    file that is missing, empty or of another kind.
+    Reads what is unambiguous of other tools' forms, and of what editors and spreadsheets make of a file: any time or none,
+    True and False, other separators and line ends (`rscli.results.foreign`), and says so in `notes`. A last line of ours
+    without line feed (its run goes on, or was killed) is left out, with a note. Raises `InputError` with the line number for
+    every broken line and every row that cannot be under the protocol beside it (`rscli.results.check`), for a part of another
+    protocol, and for a file that is missing, empty or of another kind.
     """
     path = result_of(path / "results.tsv" if path.is_dir() else path)
     protocol = read_protocol(path)

@@ -144,6 +144,6 @@ def _foreign(content: bytes) -> str:
         return (
             "its cells are in quotation marks, as a spreadsheet writes them, and numbers may be changed too. Restore the file"
         )
-    if line.strip().replace(b",", b"\t").replace(b";", b"\t").split() == HEADER.split():
+    if line.strip().replace(b",", b"\t").replace(b";", b"\t").split() == HEADER.encode().split():
         return "its columns are not separated by tabs, as rscli writes them. Restore the file"
     return "it is not a result file that rscli wrote"

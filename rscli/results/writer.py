@@ -27,8 +27,8 @@ class ResultWriter:
     """Appends rows to a result file; begin with `create`, `resume` or `join`, and use it in a `with` block.
 
     Several processes that work on one result write a part each, beside the result and under its protocol; `finish` makes one
-    file of them. `rows` are those of the result so far, of all its parts; `done` are their indices, `protocol` is what lies beside
-    the result, and `notes` are lines that a user who resumes should read.
+    file of them. `rows` are those of the result so far, of all its parts; `done` are their indices, `protocol` is what lies
+    beside the result, and `notes` are lines that a user who resumes should read.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class ResultWriter:
         Parts of the result that other processes left are taken in. Line ends and marks that an editor put in are taken out.
 
         Raises `InputError` if the file is missing or foreign, a line before the last is broken, a row cannot be under the
-        protocol, or the protocol differs in anything but `info`. What differs in `info` goes to `notes`: the protocol file keeps
-        what the run began with.
+        protocol, or the protocol differs in anything but `info`. What differs in `info` goes to `notes`: the protocol file
+        keeps what the run began with.
         """
         before = read_protocol(path)
         repaired = _repaired(path)
@@ -195,7 +195,7 @@ def _anything(path: Path, repaired: bytes | None) -> bool:
 
 
 def _repaired(path: Path) -> bytes | None:
-    """What rscli wrote to `path`, if an editor has since changed its line ends or encoding, and nothing else; None if it has not.
+    """What rscli wrote to `path`, if an editor has changed its line ends or encoding, and nothing else; None if it has not.
 
     Only a file whose first line is then our header is repaired.
     """
