@@ -445,7 +445,9 @@ def test_settings_are_compared_among_runs_of_one_certifier(tmp_path):
 
 
 def test_what_a_protocol_tells_of_the_certifier_twice_is_compared_once(tmp_path):
-    paths = [write(tmp_path / f"{n}.tsv", n=n, certifier={"name": "cohen", "n": n, "n0": n, "alpha": 0.1}) for n in (1000, 2000)]
+    paths = [
+        write(tmp_path / f"{n}.tsv", n=n, certifier={"name": "cohen", "n": n, "n0": n, "alpha": 0.1}) for n in (1000, 2000)
+    ]
     assert compared(*paths, allow_different=True).notes == ("figures are not comparable: n: 1000 (1000); 2000 (2000)",)
 
 

@@ -30,6 +30,9 @@ TOLERANCE = 1e-9
 MANY_CLASSES = 10_000
 """More classes than this are not made up to recompute a row."""
 
+SOME_CLASSES = 100
+"""So many classes at least are supposed where the protocol, of an older rscli, does not say."""
+
 MANY_PLANS = 3000
 """So many outcomes of the selection samples are tried at most."""
 
@@ -189,7 +192,7 @@ class _Recompute:
             return f"runner_up is 0, but {rest} of the {case.n} samples were given other classes than the one under test"
         others = 1 + (-(-rest // case.runner_up) if rest else 0)
         if self.classes is None:
-            return 1 + others
+            return max(1 + others, SOME_CLASSES)
         if 1 + others > self.classes and (case.runner_up or rest):
             least = -(-(case.n - case.hits) // max(self.classes - 1, 1))
             return f"runner_up is {case.runner_up}, but of {self.classes} classes one other has at least {least} samples"
@@ -332,13 +335,18 @@ def _selections(wanted: int, question: Question, most: int) -> Iterator[Counts]:
 def _even(total: int, places: int) -> Counts:
     """`total` in `places` as equal as can be."""
     share, more = divmod(total, max(places, 1))
-    return np.array([share + (place < more) for place in range(places)], np.int64)
+    found = np.full(places, share, np.int64)
+    found[:more] += 1
+    return found
 
 
 def _crowd(total: int, most: int, places: int) -> Counts:
     """`total` in as few of `places` as can be, with at most `most` in each."""
     full, rest = divmod(total, most) if most else (0, 0)
-    return np.array([most if place < full else rest if place == full else 0 for place in range(places)], np.int64)
+    found = np.zeros(places, np.int64)
+    found[:full] = most
+    found[full : full + 1] = rest
+    return found
 
 
 def _spread(count: int, runner_up: int, n: int, classes: int) -> Counts:
