@@ -113,12 +113,12 @@ class ResultWriter:
         notes = agree(path, before, json.loads(json.dumps(protocol)))
         assert before is not None
         notes += [] if part.startswith("shard") else _missing(path)
+        done = union(path, whole_rows(path, before)[0] if path.exists() else [], before)
         target = part_path(path, part)
         with writing(target):
             target.touch()
         _, whole = whole_rows(target, before)
         os.truncate(target, whole)
-        done = union(path, whole_rows(path, before)[0] if path.exists() else [], before)
         writer = cls(path, done, notes, before, part)
         if not whole:
             writer._write(part_head(before))
