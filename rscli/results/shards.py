@@ -72,7 +72,7 @@ def union(path: Path, rows: list[Row], protocol: dict[str, Any] | None) -> list[
     return list({**found, **{row.idx: row for row in rows}}.values())
 
 
-def whole_rows(path: Path, protocol: dict[str, Any] | None) -> tuple[list[Row], int]:
+def whole_rows(path: Path, protocol: dict[str, Any] | None = None) -> tuple[list[Row], int]:
     """The rows of one of our files, and how many of its bytes are whole lines; 0 if not even the header is.
 
     Raises `InputError` for a file that is not ours, a broken line, a row that cannot be under `protocol` (None: unknown), and a
