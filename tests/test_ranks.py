@@ -331,7 +331,7 @@ def written(out: Path) -> set[tuple[str, ...]]:
     files = [path for path in (out, *parts_of(out)) if path.exists()]
     cells = [line.split("\t") for path in files for line in path.read_text().split("\n")[:-1]]
     where = HEADER.split("\t").index("time")
-    return {(*row[:where], *row[where + 1 :]) for row in cells if row[0] != "idx"}
+    return {(*row[:where], *row[where + 1 :]) for row in cells if row[0] != "idx" and not row[0].startswith("# protocol ")}
 
 
 def decided(out: Path) -> set[str]:

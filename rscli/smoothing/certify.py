@@ -18,7 +18,7 @@ from rscli.errors import InputError, RscliError, Stopped
 from rscli.models.modelfile import ModelCard, card_of, load_model
 from rscli.models.smoothed import Smoothed
 from rscli.registry import installed
-from rscli.results.protocol import protocol_path, read_protocol
+from rscli.results.protocol import FORMAT, protocol_path, read_protocol
 from rscli.results.shards import part_path, parts_of, union
 from rscli.results.writer import ResultWriter
 from rscli.runtime.devices import environment
@@ -162,7 +162,7 @@ class _Run:
         self.writer.close()
         self.ranks.meet("done", self.stop)
         if merge and self.ranks.rank == 0:
-            missing = set(wanted) - {row.idx for row in union(self.writer.path, self.writer.rows)}
+            missing = set(wanted) - {row.idx for row in union(self.writer.path, self.writer.rows, self.writer.protocol)}
             if missing:
                 hint = "All processes must write to one folder: use an --out that they share, then --resume."
                 raise RscliError(f"{len(missing)} images are in no part beside {self.writer.path}", hint)
@@ -305,7 +305,7 @@ def _protocol(
     card, sampling = card_of(model), options.sampling
     origin = installed().provenance("certifiers", options.certifier["name"])
     return {
-        "format": 1,
+        "format": FORMAT,
         "model_sha256": model.source.sha256 if model.source else None,
         "dataset": card.data["name"],
         "split": options.split,
@@ -347,6 +347,9 @@ def _protocol(
             "lanes": choice.lanes,
             "trial": choice.speed is not None,
             "compile": choice.compiled,
+            "classes": len(card.spec.class_names),
+            "images": len(split),
+            "certifier_version": origin.version,
             **environment(sampler.device),
         },
     }

@@ -20,12 +20,12 @@ from rscli.data.splits import to_unit
 from rscli.data.transforms import load_image
 from rscli.errors import InputError, Stopped
 from rscli.models.smoothed import Smoothed
+from rscli.results.radius import certified_radius
 from rscli.runtime.progress import Progress
 from rscli.runtime.seeds import derive
 from rscli.runtime.signals import stop_requests
 from rscli.sampling.options import SamplingOptions, Work
 from rscli.sampling.requests import CertifierInquiry, Inquiry
-from rscli.smoothing.radii import certified_radius
 from rscli.stats.bounds import smallest_n_for, top_two_p_value
 
 
