@@ -11,6 +11,7 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,8 @@ from rscli.data.transforms import Moves, apply_moves, augment, draw_moves, load_
 from rscli.errors import InputError, PluginError
 from rscli.runtime.seeds import derive, generator
 
+SAMPLED = 1024
+"""Files whose bytes are looked at, to see whether the images are still the same."""
 CACHE_CHUNK = 256
 """Images that a worker decodes at a time when a split of files is brought into memory."""
 
@@ -66,6 +69,10 @@ class Split(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A SHA-256 (hex) that tells this split from another: the same images in the same order have the same one."""
+
+    @abstractmethod
+    def content(self) -> str:
+        """A SHA-256 (hex) of the pixels; of a split that stays in files, of `SAMPLED` of them, evenly spread, or of all."""
 
     @abstractmethod
     def image(self, index: int) -> Tensor:
@@ -118,6 +125,10 @@ class MemorySplit(Split):
         """The hash of the shape, the pixels and the labels; of the files, where they came from files."""
         return self._known_fingerprint or self._pixel_fingerprint
 
+    def content(self) -> str:
+        """The hash of the shape, the pixels and the labels."""
+        return self._pixel_fingerprint
+
     @cached_property
     def _pixel_fingerprint(self) -> str:
         return _digest(str(tuple(self._images.shape)).encode(), self._images.numpy().data, _label_bytes(self.labels))
@@ -164,6 +175,16 @@ class FileSplit(Split):
     def fingerprint(self) -> str:
         """The hash of the labels, sizes and paths of the files, the paths below their common folder (so that it can move)."""
         return self._file_fingerprint
+
+    def content(self) -> str:
+        """The hash of the bytes of evenly spaced files. Raises `InputError`, naming the file, if one cannot be read."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
+        return _digest(
+            *(_bytes_digest(self.path(i)) for i in np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).astype(int))
+        )
 
     @cached_property
     def _file_fingerprint(self) -> str:
@@ -268,8 +289,19 @@ def _path(paths: NDArray[np.bytes_], index: int) -> Path:
 
 
 def _size(path: Path) -> int:
-    try:
+    with _reading(path):
         return path.stat().st_size
+
+
+def _bytes_digest(path: Path) -> bytes:
+    with _reading(path):
+        return hashlib.sha256(path.read_bytes()).digest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as cause:
         raise InputError(f"cannot read the image {path}: {cause.strerror}", "Restore the file.") from cause
 

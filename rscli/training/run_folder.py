@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from rscli.errors import InputError
+from rscli.config.layers import rebuild
+from rscli.errors import InputError, RscliError
 from rscli.runtime.files import read_json, replacing, write_json, write_text, writing
-from rscli.training.checkpoint import check_position, remedy
-
-CHECKPOINT_FORMAT = 1
+from rscli.training.checkpoint import check_data, check_position, check_seal, remedy, seal
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,14 @@ class RunFolder:
         """Every file that a run writes here."""
         return [self.config, self.path / "environment.json", self.metrics, self.checkpoint, self.model]
 
-    def begin(self, config: dict[str, Any], environment: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    def begin(
+        self, config: dict[str, Any], environment: dict[str, Any], data: dict[str, Any], *, resume: bool
+    ) -> dict[str, Any] | None:
         """Opens the folder; returns the checkpoint to go on from, or None for a fresh start.
 
-        `config` is {"config": ..., "sources": ...}. Raises `InputError` if there is a run already and `resume` is not asked
-        for, or the run there has another configuration (naming the differences).
+        `config` is {"config": ..., "sources": ...}, `data` what `training_data` says. Raises `InputError` if there is a run
+        already and `resume` is not asked for, if the run there has another configuration or other data (naming the
+        differences), or if its checkpoint is damaged.
         """
         if not self.config.exists():
             if self.path.is_file():
@@ -79,29 +81,27 @@ class RunFolder:
             self._start(config, environment)
             return None
         state = self.load()
+        check_data(state.get("data"), data, self.checkpoint)
         self._keep_metrics(state["epoch"])
         return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint. Raises `RscliError` if there is no room for it; the one before is kept."""
         content = BytesIO()  # writing to the disk itself, torch would say of a full one only that a position is unexpected
-        torch.save({"format": CHECKPOINT_FORMAT, **state}, content)
+        torch.save(seal(state), content)
         with replacing(self.checkpoint) as beside:
             beside.write_bytes(content.getbuffer())
 
     def load(self) -> dict[str, Any]:
         """The checkpoint, tensors on the CPU. Raises `InputError` if it is broken; never runs code from the file."""
-        hint = remedy(self.checkpoint)
         try:
-            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            loaded = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as cause:  # torch raises many kinds for a broken file
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             if isinstance(cause, UnpicklingError):  # torch would advise to load it all the same
                 reason = "it is damaged, or holds more than tensors and plain values"
-            raise InputError(f"the checkpoint {self.checkpoint} cannot be read: {reason}", hint) from cause
-        needed = {"epoch", "batch", "model", "optimizer", "meter"}
-        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT or not needed <= set(state):
-            raise InputError(f"{self.checkpoint} is not a checkpoint of this version of rscli", hint)
+            raise InputError(f"the checkpoint {self.checkpoint} cannot be read: {reason}", remedy(self.checkpoint)) from cause
+        state = check_seal(loaded, self.checkpoint)
         check_position(state, self.checkpoint)
         return state
 
@@ -119,9 +119,8 @@ class RunFolder:
         before = read_json(self.config, "configuration of the run")
         if not isinstance(before, dict):
             raise InputError(f"{self.config} is not the configuration of a run", "Choose another --out.")
-        differences = [
-            f"  {key}: {old!r} in {self.path}, {new!r} now" for key, old, new in _differences(before.get("config", {}), config)
-        ]
+        started = _completed(before.get("config", {}))
+        differences = [f"  {key}: {old!r} in {self.path}, {new!r} now" for key, old, new in _differences(started, config)]
         if differences:
             text = "\n".join([f"{self.path} was started with another configuration:", *differences])
             raise InputError(text, "Use the same preset and settings to resume, or another --out for another run.")
@@ -130,6 +129,14 @@ class RunFolder:
         """Drops lines of epochs that were not saved before the run was killed, and a torn last line."""
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
         write_text(self.metrics, "".join(line + "\n" for line in lines[:epochs]))
+
+
+def _completed(config: Any) -> Any:
+    """The configuration of a run, with the defaults of fields that the version which began it did not have."""
+    try:
+        return rebuild(config).as_dict()
+    except (RscliError, AttributeError, TypeError, ValueError):  # not one that holds: compared as it is
+        return config
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.runtime.seeds import derive, generator
 from rscli.runtime.signals import StopRequest, stop_requests
-from rscli.training.checkpoint import check_optimizer, check_place, fitting
+from rscli.training.checkpoint import check_optimizer, check_place, fitting, training_data
 from rscli.training.metrics import Meter
 from rscli.training.minimum_batch import check_lonely_images
 from rscli.training.run_folder import RunFolder
@@ -121,11 +122,13 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     check_lonely_images(resolved, trainer.classifier, spec, len(split))
     folder = RunFolder(options.out)
     record = {"config": resolved.as_dict(), "sources": resolved.sources}
-    state = folder.begin(record, environment(device), resume=options.resume)
+    state = folder.begin(record, environment(device), trainer.data, resume=options.resume)
     if state is not None and folder.model.exists() and state["epoch"] >= resolved.config.epochs:
         progress.note(f"{folder.model} is finished already")
         return folder.model
     if state is not None:
+        if "data" not in state:
+            progress.note(f"{folder.checkpoint} is of an older version: whether it is intact, and of this data, cannot be told")
         with fitting(folder.checkpoint):
             trainer.restore(state)
         progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
@@ -172,6 +175,11 @@ class Trainer:
         self.epoch, self.batch = 0, 0
         self.meter = Meter()
 
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """What the run is trained on: see `training_data`."""
+        return training_data(self.split)
+
     @property
     def drops(self) -> int:
         """How often the learning rate has dropped: `schedule.drops` counts finished epochs."""
@@ -192,6 +200,7 @@ class Trainer:
         return {
             "epoch": self.epoch,
             "batch": self.batch,
+            "data": self.data,
             "model": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "meter": self.meter.state(),

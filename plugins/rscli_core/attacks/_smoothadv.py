@@ -32,10 +32,10 @@ class Ascent(SmoothAdv):
     A step is 2 epsilon / steps times |g| / (|g| + 1e-8) long, where g is what `ascent` gives: shorter where |g| is below about
     1e-8. The authors' code divides by |g| alone.
 
-    Two orders of clamping and projecting are in use, and `clamp` chooses. Salman et al.'s code clamps the pixels to [0, 1], then
-    projects to |d| <= epsilon. The code of Jeong & Shin (NeurIPS 2020, arXiv 2006.04062), from which their rows of MNIST and
-    CIFAR-10 come, projects, then clamps: what the box cuts off is not made up for, so that on MNIST, where most pixels are 0 or
-    1, d stays shorter than epsilon.
+    Two orders of clamping and projecting are in use, and `clamp` chooses. Salman et al.'s code clamps the pixels to [0, 1],
+    then projects to |d| <= epsilon. The code of Jeong & Shin (NeurIPS 2020, arXiv 2006.04062), from which their rows of MNIST
+    and CIFAR-10 come, projects, then clamps: what the box cuts off is not made up for, so that on MNIST, where most pixels are
+    0 or 1, d stays shorter than epsilon.
     """
 
     steps: int = Field(10, ge=1, description="steps, each of length 2 epsilon / steps, less where the gradient is near 0")
