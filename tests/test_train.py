@@ -20,6 +20,7 @@ from rscli.errors import InputError, PluginError, RscliError, Stopped
 from rscli.models.modelfile import load_model
 from rscli.registry import installed
 from rscli.runtime.progress import Silent
+from rscli.runtime.signals import STOPPING
 from rscli.training.minimum_batch import check_lonely_images
 from rscli.training.train import Trainer, TrainOptions, attacked, frozen, outlook, train
 
@@ -95,8 +96,13 @@ def test_another_seed_gives_another_model(uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(
     ("after", "number", "code"),
-    [(1, signal.SIGTERM, 75), (6, signal.SIGINT, 130), (9, signal.SIGTERM, 75)],
-    ids=["first-batch", "end-of-an-epoch", "second-epoch"],
+    [
+        (1, signal.SIGTERM, 75),
+        (6, signal.SIGINT, 130),
+        (9, signal.SIGTERM, 75),
+        *((7, number, 75) for number in STOPPING if number not in (signal.SIGTERM, signal.SIGINT)),
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else str(value),
 )
 def test_a_stopped_run_resumes_to_the_same_bits(uninterrupted, tmp_path, after, number, code):
     folder = tmp_path / "run"

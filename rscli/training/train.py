@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -215,7 +215,7 @@ class Trainer:
         check_optimizer(self.optimizer, self.config.optimizer.model_dump(exclude={"lr"}))
         self.meter = Meter(state["meter"])
 
-    def epoch_batches(self) -> Iterator[None]:
+    def epoch_batches(self) -> Generator[None]:
         """Trains the rest of the current epoch; yields after each batch, with `batch` counting it."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
@@ -223,11 +223,12 @@ class Trainer:
         batches = self.split.batches(
             seed=self.config.seed, epoch=self.epoch, batch=self.config.batch, device=self.device, start=self.batch
         )
-        for images, labels in batches:
-            for chunk, (part, answers) in enumerate(zip(images.chunk(self.chunks), labels.chunk(self.chunks), strict=True)):
-                self._step(part, answers, chunk)
-            self.batch += 1
-            yield
+        with closing(batches):  # and with it the processes that read, whatever happens here
+            for images, labels in batches:
+                for chunk, (part, answers) in enumerate(zip(images.chunk(self.chunks), labels.chunk(self.chunks), strict=True)):
+                    self._step(part, answers, chunk)
+                self.batch += 1
+                yield
 
     def _step(self, images: Tensor, labels: Tensor, chunk: int) -> None:
         """One optimiser step on a chunk: images (batch, channel, height, width), labels (batch,)."""
@@ -294,12 +295,14 @@ def _run(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopRequ
     try:
         while trainer.epoch < trainer.config.epochs:
             began, first = time.monotonic(), trainer.meter.images
-            for _ in trainer.epoch_batches():
-                speed = (trainer.meter.images - first) / max(time.monotonic() - began, 1e-9)
-                done = trainer.epoch * trainer.batches + trainer.batch
-                progress.update(done, {"epoch": str(trainer.epoch + 1), **trainer.meter.figures(), "images/s": f"{speed:.0f}"})
-                if stop.requested and trainer.batch < trainer.batches:
-                    _stop(trainer, folder, stop)
+            with closing(trainer.epoch_batches()) as batches:
+                for _ in batches:
+                    speed = (trainer.meter.images - first) / max(time.monotonic() - began, 1e-9)
+                    done = trainer.epoch * trainer.batches + trainer.batch
+                    figures = {"epoch": str(trainer.epoch + 1), **trainer.meter.figures(), "images/s": f"{speed:.0f}"}
+                    progress.update(done, figures)
+                    if stop.requested and trainer.batch < trainer.batches:
+                        _stop(trainer, folder, stop)
             line = {"epoch": trainer.epoch + 1, "lr": trainer.lr, **trainer.meter.means()}
             folder.log({**line, "images_per_s": round(speed, 1), "seconds": round(time.monotonic() - began, 3)})
             trainer.epoch, trainer.batch, trainer.meter = trainer.epoch + 1, 0, Meter()
