@@ -3,6 +3,7 @@
 config.json        the resolved configuration, with the source of every value
 environment.json   versions, device, threads
 metrics.jsonl      one line an epoch
+running.txt        while a process trains here, and after one that was killed or crashed: what to do then
 checkpoint.pt      where the run is: weights, optimiser, position; replaced after every epoch and when the run is stopped
 model.safetensors  the finished model
 """
@@ -10,6 +11,9 @@ model.safetensors  the finished model
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +25,13 @@ import torch
 from rscli.config.layers import rebuild
 from rscli.errors import InputError, RscliError
 from rscli.runtime.files import read_json, replacing, write_json, write_text, writing
+from rscli.runtime.progress import Progress
 from rscli.training.checkpoint import check_data, check_position, check_seal, remedy, seal
+
+IF_IT_CRASHED = (
+    "After a crash in native code (exit code 134 or 139), try --contiguous, --workers 0, or another version of torch; "
+    "killed without a word (137), it was probably out of memory."
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,11 @@ class RunFolder:
     def model(self) -> Path:
         """The finished model."""
         return self.path / "model.safetensors"
+
+    @property
+    def running(self) -> Path:
+        """The mark of a process that trains here."""
+        return self.path / "running.txt"
 
     def files(self) -> list[Path]:
         """Every file that a run writes here."""
@@ -84,6 +99,18 @@ class RunFolder:
         check_data(state.get("data"), data, self.checkpoint)
         self._keep_metrics(state["epoch"])
         return state
+
+    @contextmanager
+    def at_work(self, progress: Progress) -> Iterator[None]:
+        """While the body runs, the folder says that this process trains here; notes it if the one before has left no word."""
+        if self.running.exists():
+            progress.note(f"the run before was killed, or crashed. {IF_IT_CRASHED}")
+        word = "If it is gone, it was killed, or crashed: go on with --resume."
+        write_text(self.running, f"Process {os.getpid()} trains here. {word} {IF_IT_CRASHED}\n")
+        try:
+            yield
+        finally:
+            self.running.unlink(missing_ok=True)
 
     def save(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint. Raises `RscliError` if there is no room for it; the one before is kept."""

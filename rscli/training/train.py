@@ -27,12 +27,13 @@ from rscli.data.splits import Split, open_split
 from rscli.errors import InputError, PluginError, Stopped
 from rscli.models.modelfile import ModelCard, save_model
 from rscli.models.network import Classifier, build_classifier, parameter_count
-from rscli.runtime.devices import environment, memory_layout, pick_device
+from rscli.runtime.devices import environment, pick_device
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.runtime.seeds import derive, generator
 from rscli.runtime.signals import StopRequest, stop_requests
 from rscli.training.checkpoint import check_optimizer, check_place, fitting, training_data
+from rscli.training.layout import training_layout
 from rscli.training.metrics import Meter
 from rscli.training.minimum_batch import check_lonely_images
 from rscli.training.run_folder import RunFolder
@@ -50,7 +51,7 @@ class TrainOptions:
     data_dir: Path
     device: str = "auto"
     workers: int = 4
-    channels_last: bool = True
+    channels_last: bool | None = None
     resume: bool = False
     download: bool = False
 
@@ -133,7 +134,10 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
             trainer.restore(state)
         progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
     size = math.ceil(resolved.config.batch / trainer.chunks)
-    with enough_memory(device, f"a step of {size} images with {resolved.loss.m} noisy copies each", TOO_LARGE):
+    with (
+        folder.at_work(progress),
+        enough_memory(device, f"a step of {size} images with {resolved.loss.m} noisy copies each", TOO_LARGE),
+    ):
         _run(trainer, folder, progress, stop)
     save_model(folder.model, trainer.classifier, model_card(resolved, spec))
     return folder.model
@@ -157,13 +161,16 @@ def model_card(resolved: Resolved, spec: DataSpec) -> ModelCard:
 class Trainer:
     """The state of a run, and one epoch of it."""
 
-    def __init__(self, resolved: Resolved, spec: DataSpec, split: Split, device: torch.device, *, channels_last: bool) -> None:
+    def __init__(
+        self, resolved: Resolved, spec: DataSpec, split: Split, device: torch.device, *, channels_last: bool | None
+    ) -> None:
         self.resolved, self.config, self.split, self.device = resolved, resolved.config, split, device
         self.chunks = resolved.loss.m if resolved.chunked else 1
-        self.layout = memory_layout(channels_last)
+        classifier = initial_classifier(resolved, spec).to(device)
+        self.layout = training_layout(classifier, device, channels_last)
         if device.type == "cuda":
             torch.backends.cudnn.deterministic = True
-        self.classifier = initial_classifier(resolved, spec).to(device).to(memory_format=self.layout)
+        self.classifier = classifier.to(memory_format=self.layout)
         optimizer = resolved.config.optimizer
         self.optimizer = torch.optim.SGD(
             self.classifier.parameters(),
