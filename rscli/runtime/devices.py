@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from rscli.errors import InputError
+from rscli.runtime.torchrun import local_rank
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 PACKAGES = ("rscli", "torch", "torchvision", "timm", "numpy", "scipy", "pydantic", "safetensors", "scikit-learn", "matplotlib")
@@ -29,7 +29,7 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and torch.cuda.is_available():
-            own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            own = local_rank() % torch.cuda.device_count()
             device = torch.device("cuda", own if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.empty(1, device=device)

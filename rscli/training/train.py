@@ -7,7 +7,6 @@ stopped between two batches continues exactly where it was.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -32,6 +31,7 @@ from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.runtime.seeds import derive, generator
 from rscli.runtime.signals import StopRequest, stop_requests
+from rscli.runtime.torchrun import launched
 from rscli.training.checkpoint import check_optimizer, check_place, fitting, training_data
 from rscli.training.layout import training_layout
 from rscli.training.metrics import Meter
@@ -104,7 +104,10 @@ def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path
     Raises `InputError` for data or a run folder that do not fit, `Stopped` when asked to stop (the state is saved), and
     `RscliError` when the loss is no longer finite.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    launch = launched()
+    if launch.note is not None:
+        progress.note(launch.note)
+    if launch.world > 1:
         hint = "Start it without torchrun. Certification is what torchrun can share between processes."
         raise InputError("rscli train runs in one process", hint)
     with stop_requests() as stop:
