@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Never
 
-from rscli.runtime.signals import STOPPING, exit_code
-
 INTERRUPTED = "interrupted"
 STOPPED = "stopped: the same command begins again, or with --resume goes on where a run had come to"
 
@@ -30,6 +28,8 @@ def heard() -> Iterator[None]:
 
     A signal that the process was started to ignore (by nohup, say) stays ignored.
     """
+    from rscli.runtime.signals import STOPPING
+
     before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         for number, handler in before.items():
@@ -39,7 +39,7 @@ def heard() -> Iterator[None]:
     except (KeyboardInterrupt, Terminated) as cause:
         stopped_by: int = signal.SIGINT if isinstance(cause, KeyboardInterrupt) else cause.number
         print(_said(stopped_by), file=sys.stderr)
-        sys.exit(exit_code(stopped_by))
+        sys.exit(_code(stopped_by))
     finally:
         for number, handler in before.items():
             if handler is not None:
@@ -48,6 +48,10 @@ def heard() -> Iterator[None]:
 
 def _said(number: int) -> str:
     return INTERRUPTED if number == signal.SIGINT else STOPPED
+
+
+def _code(number: int) -> int:
+    return 130 if number == signal.SIGINT else 75
 
 
 def _receive(number: int, frame: FrameType | None) -> Never:
@@ -60,7 +64,7 @@ def _receive(number: int, frame: FrameType | None) -> Never:
     if _imports(frame):
         with suppress(OSError):
             os.write(2, f"{_said(number)}\n".encode())
-        os._exit(exit_code(number))
+        os._exit(_code(number))
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
