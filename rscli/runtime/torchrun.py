@@ -29,6 +29,11 @@ class Launch:
     note: str | None = None
 
 
+def world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes there are: 1 if nothing is said. Raises `InputError` for a value that cannot be."""
+    return _whole(environment, "WORLD_SIZE", 1, None) or 1
+
+
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     """What the variables say; empty ones count as unset, and without WORLD_SIZE the process is alone, whatever RANK says.
 

@@ -31,7 +31,7 @@ from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.runtime.seeds import derive, generator
 from rscli.runtime.signals import StopRequest, stop_requests
-from rscli.runtime.torchrun import launched
+from rscli.runtime.torchrun import world_size
 from rscli.training.checkpoint import check_optimizer, check_place, fitting, training_data
 from rscli.training.layout import training_layout
 from rscli.training.metrics import Meter
@@ -104,10 +104,7 @@ def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path
     Raises `InputError` for data or a run folder that do not fit, `Stopped` when asked to stop (the state is saved), and
     `RscliError` when the loss is no longer finite.
     """
-    launch = launched()
-    if launch.note is not None:
-        progress.note(launch.note)
-    if launch.world > 1:
+    if world_size() > 1:
         hint = "Start it without torchrun. Certification is what torchrun can share between processes."
         raise InputError("rscli train runs in one process", hint)
     with stop_requests() as stop:
