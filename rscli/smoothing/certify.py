@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -86,18 +87,19 @@ def build_certifier(section: dict[str, Any]) -> Certifier:
     return certifier
 
 
-def certify(options: CertifyOptions, progress: Progress) -> Tally:
+def certify(options: CertifyOptions, progress: Progress, waiting: Callable[[str], None] | None = None) -> Tally:
     """Certifies, or continues a run, and returns its tally; started by torchrun, does so together with the other processes.
+
+    `waiting` is told if those are long in coming (None: `progress` is): every process may have to say so, not the first alone.
 
     Raises `InputError` for a model, data, options or a result file that do not fit, and `Stopped` when asked to stop (all
     decided images are saved).
     """
     with stop_requests() as stop:
-        return _certify(options, progress, stop)
+        return _certify(options, progress, stop, join(waiting or progress.note, stop))
 
 
-def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest) -> Tally:
-    ranks = join()
+def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest, ranks: Ranks) -> Tally:
     if ranks.rank == 0 and not options.resume:
         _refuse_to_overwrite(options)
     model = load_model(options.model)
