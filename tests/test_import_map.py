@@ -57,7 +57,10 @@ def test_arrows_between_files_and_rooms(tool, tmp_path, capsys):
     [
         ("from rscli.one import a", "one <-> two\n"),
         ("def f():\n    import rscli.one.a", "one <-> two (with late arrows)\n"),
-        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rscli.one import a", "one <-> two (with late arrows)\n"),
+        (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rscli.one import a",
+            "one <-> two (with late arrows)\n",
+        ),
     ],
 )
 def test_circles_are_found_and_late_ones_told_apart(tool, tmp_path, capsys, late, said):
