@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +37,14 @@ A plugin may state the version it was written for (`Plugin.api_version`); the ho
 
 ABSTAIN = -1
 """The class that a certificate names when it abstains."""
+
+MOST_CLASSES = 1_000_000
+LARGEST_SIDE = 65_536
+LARGEST_IMAGE = 2**28
+"""What a description of data may ask for, at most: classes, pixels of a side, and values of an image over all channels."""
+
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+Channels = Annotated[int, Field(ge=1, le=1024)]
 
 KINDS = (
     "noises", "losses", "attacks", "architectures", "datasets", "certifiers", "optimizers", "schedules", "loggers", "callbacks",
@@ -74,7 +82,7 @@ class Noise(Plugin):
     norm: ClassVar[str]
     """The norm of the certified radius, e.g. `L2`: shown wherever a radius is."""
 
-    sigma: float = Field(gt=0, description="standard deviation of the noise", json_schema_extra=unit("[0, 1] pixels"))
+    sigma: float = Field(gt=0, le=1000, description="standard deviation of the noise", json_schema_extra=unit("[0, 1] pixels"))
 
     def sample(self, shape: Sequence[int], *, generator: torch.Generator, device: torch.device) -> Tensor:
         """Draws float32 noise of `shape` (any shape, the pixel dimensions last) on `device` with `generator`.
@@ -402,8 +410,6 @@ class Architecture(Plugin):
     normalizes: ClassVar[bool] = False
     """Whether the network takes pixels in [0, 1] as they are. If not, the host puts the normalisation of the data in front, as
     a layer."""
-    foreign_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """What other code calls such networks, with the fields that it means by it: `{"cifar_resnet20": {"depth": 20}}`."""
 
     def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
         """A freshly initialised network from images of `spec.shape` to `len(spec.class_names)` logits.
@@ -413,10 +419,6 @@ class Architecture(Plugin):
         eval mode, from several threads at once. Raises `rscli.errors.InputError` when it cannot take that shape.
         """
         raise NotImplementedError
-
-    def own_name(self, name: str) -> str:
-        """What this network calls the tensor that other code calls `name`; `name` itself where it has no other."""
-        return name
 
 
 # --- data sets ---------------------------------------------------------------------------------------------------------------
@@ -432,8 +434,14 @@ class Transform(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     channels: Literal[1, 3]
-    resize: int | None = Field(None, ge=1)
-    crop: tuple[int, int]
+    resize: int | None = Field(None, ge=1, le=LARGEST_SIDE)
+    crop: tuple[Side, Side]
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> Self:
+        if self.resize is not None:
+            _check_values("resize", self.channels, self.resize, self.resize)
+        return self
 
 
 class Augmentation(BaseModel):
@@ -445,26 +453,51 @@ class Augmentation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    padding: int = Field(0, ge=0)
+    padding: int = Field(0, ge=0, le=LARGEST_SIDE)
     flip: bool = False
     resized_crop: bool = False
 
 
 class DataSpec(BaseModel):
-    """What a model must know of its data: class names, input shape, normalisation and transforms."""
+    """What a model must know of its data: class names, input shape, normalisation and transforms.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    A model file may hold any of it, so everything is bounded before anything is allocated: `LARGEST_IMAGE` values an image,
+    with its padding; `MOST_CLASSES` classes; mean and std for each channel, both or neither, std in [1e-6, 1e6].
+    """
 
-    class_names: tuple[str, ...]
-    shape: tuple[int, int, int]
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    class_names: tuple[Annotated[str, Field(max_length=10_000)], ...] = Field(min_length=1, max_length=MOST_CLASSES)
+    shape: tuple[Channels, Side, Side]
     """(channel, height, width)"""
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] | None = None
     """Per-channel mean of the normalisation layer; None: the model has no such layer."""
-    std: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...] | None = None
     test_transform: Transform
     augmentation: Augmentation = Augmentation()
-    sizes: dict[str, int] = Field(default_factory=dict)
+    sizes: dict[str, Annotated[int, Field(ge=0, lt=2**63)]] = Field(default_factory=dict, max_length=1000)
     """Images in each split, as far as known without reading them."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        channels, height, width = self.shape
+        padding = 2 * self.augmentation.padding
+        _check_values("an image with its padding", channels, height + padding, width + padding)
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together: both or neither")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != channels:
+                raise ValueError(f"{name} has {len(values)} values, and there are {channels} channels")
+        if (self.test_transform.channels, *self.test_transform.crop) != self.shape:
+            raise ValueError(f"the test transform gives images of another shape than {self.shape}")
+        return self
+
+
+def _check_values(what: str, channels: int, height: int, width: int) -> None:
+    if (count := channels * height * width) > LARGEST_IMAGE:
+        raise ValueError(
+            f"{what} ({channels} x {height} x {width}) has {count:,} values, and at most {LARGEST_IMAGE:,} are taken"
+        )
 
 
 @dataclass(frozen=True)

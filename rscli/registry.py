@@ -134,9 +134,9 @@ def load_entry(entry: Entry) -> type[Plugin]:
         plugin = point.load()
     except (Exception, SystemExit) as cause:
         reason = f"{type(cause).__name__}: {cause}"
-        raise PluginError(f"the {entry} does not load: {reason}", _mend(entry)) from cause
+        raise PluginError(f"the {entry} does not load: {reason}", _fix(entry)) from cause
     if not (isinstance(plugin, type) and issubclass(plugin, Plugin)) or getattr(plugin, "kind", None) != entry.kind:
-        raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", _mend(entry))
+        raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", _fix(entry))
     return plugin
 
 
@@ -146,7 +146,7 @@ def description(plugin: type[Plugin]) -> str:
     return lines[0].rstrip(".") if lines else ""
 
 
-def _mend(entry: Entry) -> str:
+def _fix(entry: Entry) -> str:
     return f"Update or uninstall {entry.package} (pip install --upgrade {entry.package}); nothing else is affected."
 
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import nn
 
-from rscli.api import Attack, TrainStep
+from rscli.api import Attack, Position, TrainStep
 from rscli_core.attacks.ddn import Ddn
 from rscli_core.attacks.gradient_free import GradientFree
 from rscli_core.attacks.pgd import Pgd
+from rscli_core.noises.gaussian import Gaussian
 
 SHAPE = (1, 3, 4)
 PIXELS, CLASSES, BATCH = 12, 4, 6
@@ -33,7 +34,9 @@ def a_step(m: int, *, scale: float = 1.0, sigma: float = 0.3, seed: int = 0, dty
     noise = sigma * torch.randn((m, *images.shape), generator=random, dtype=dtype)
     labels = network(images).argmax(-1)  # right without noise
     labels[-1] = (labels[-1] + 1) % CLASSES  # and one that is wrong
-    return TrainStep(network, images, labels, noise, sigma, 1000, 0, random)
+    return TrainStep(
+        network, images, images, labels, torch.arange(BATCH), noise, Gaussian(sigma=sigma), random, Position(epoch=1000)
+    )
 
 
 def build(attack: type[Attack], **fields: float) -> Attack:
@@ -105,7 +108,7 @@ def decoupled(case: ByHand, epsilon: float, steps: int, gamma: float, levels: in
 @pytest.mark.parametrize(("epsilon", "steps"), [(0.3, 1), (0.5, 4), (2.0, 10)])
 def test_stepwise_attacks_agree_with_numpy(kind: type[Attack], epsilon: float, steps: int, m: int) -> None:
     step = a_step(m)
-    moved = kind(epsilon=epsilon, steps=steps).perturb(step)
+    moved = kind(epsilon=epsilon, steps=steps).perturb(step).images
     wanted = [stepwise(ByHand(step, i), kind, epsilon, steps) for i in range(BATCH)]
     np.testing.assert_allclose(moved.flatten(1), wanted, rtol=0, atol=1e-10)
     assert (moved != step.images).any()
@@ -115,7 +118,7 @@ def test_stepwise_attacks_agree_with_numpy(kind: type[Attack], epsilon: float, s
 @pytest.mark.parametrize(("epsilon", "steps", "gamma", "levels"), [(0.5, 2, 0.05, 256), (0.8, 12, 0.3, 256), (0.4, 9, 0.1, 16)])
 def test_ddn_agrees_with_numpy(epsilon: float, steps: int, gamma: float, levels: int, m: int) -> None:
     step = a_step(m)
-    moved = Ddn(epsilon=epsilon, steps=steps, gamma=gamma, levels=levels).perturb(step)
+    moved = Ddn(epsilon=epsilon, steps=steps, gamma=gamma, levels=levels).perturb(step).images
     wanted = [decoupled(ByHand(step, i), epsilon, steps, gamma, levels) for i in range(BATCH)]
     np.testing.assert_allclose(moved.flatten(1), wanted, rtol=0, atol=1e-10)
     assert (moved != step.images).any()
@@ -129,7 +132,7 @@ def test_ddn_agrees_with_numpy(epsilon: float, steps: int, gamma: float, levels:
 @pytest.mark.parametrize("kind", ATTACKS)
 def test_the_images_stay_in_the_box_and_within_epsilon(kind: type[Attack], epsilon: float, scale: float) -> None:
     step = a_step(4, scale=scale, dtype=torch.float32)
-    moved = build(kind, epsilon=epsilon).perturb(step)
+    moved = build(kind, epsilon=epsilon).perturb(step).images
     assert moved.shape == step.images.shape
     assert moved.dtype == torch.float32
     assert moved.isfinite().all()
@@ -141,20 +144,20 @@ def test_the_images_stay_in_the_box_and_within_epsilon(kind: type[Attack], epsil
 @pytest.mark.parametrize("kind", [Pgd, GradientFree])
 def test_epsilon_is_used_up_far_from_the_box(kind: type[Attack]) -> None:
     step = replace(a_step(4), images=torch.full((BATCH, *SHAPE), 0.5, dtype=torch.float64))
-    lengths = (build(kind, epsilon=0.1).perturb(step) - step.images).flatten(1).norm(dim=1)
+    lengths = (build(kind, epsilon=0.1).perturb(step).images - step.images).flatten(1).norm(dim=1)
     assert lengths.tolist() == pytest.approx([0.1] * BATCH, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", [Pgd, Ddn])
 def test_a_zero_gradient_moves_nothing_and_gives_no_nan(kind: type[Attack]) -> None:
     step = a_step(2, scale=0.0)
-    assert torch.equal(build(kind).perturb(step), step.images)
+    assert torch.equal(build(kind).perturb(step).images, step.images)
 
 
 @pytest.mark.parametrize("kind", ATTACKS)
 def test_hopeless_and_certain_images_give_no_nan(kind: type[Attack]) -> None:
     step = a_step(2, scale=1e5, dtype=torch.float32)  # probabilities are exactly 0 or 1
-    assert build(kind).perturb(step).isfinite().all()
+    assert build(kind).perturb(step).images.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ATTACKS)
@@ -162,7 +165,7 @@ def test_the_result_is_detached_and_the_model_untouched(kind: type[Attack]) -> N
     step = a_step(2)
     step.model.requires_grad_(True).train()
     images, noise = step.images.clone(), step.noise.clone()
-    moved = build(kind).perturb(step)
+    moved = build(kind).perturb(step).images
     assert not moved.requires_grad
     assert all(parameter.grad is None and parameter.requires_grad for parameter in step.model.parameters())
     assert all(module.training for module in step.model.modules())
@@ -174,8 +177,8 @@ def test_the_result_is_detached_and_the_model_untouched(kind: type[Attack]) -> N
 @pytest.mark.parametrize("kind", ATTACKS)
 def test_warm_up_shortens_the_first_epochs(kind: type[Attack]) -> None:
     step = a_step(4)
-    early = build(kind, epsilon=1.0, warmup=10).perturb(replace(step, epoch=1))
-    assert torch.equal(early, build(kind, epsilon=0.2, warmup=0).perturb(step))
+    early = build(kind, epsilon=1.0, warmup=10).perturb(replace(step, position=Position(epoch=1))).images
+    assert torch.equal(early, build(kind, epsilon=0.2, warmup=0).perturb(step).images)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +187,8 @@ def test_warm_up_shortens_the_first_epochs(kind: type[Attack]) -> None:
 )
 def test_warm_up_is_linear(warmup: int, reach: list[float]) -> None:
     attack = Pgd(epsilon=2.0, steps=1, warmup=warmup)
-    assert [attack.reach(epoch) for epoch in range(3)] == pytest.approx(reach)
-    assert attack.reach(9) == attack.reach(150) == 2.0
+    assert [attack.epsilon_at(epoch) for epoch in range(3)] == pytest.approx(reach)
+    assert attack.epsilon_at(9) == attack.epsilon_at(150) == 2.0
 
 
 @pytest.mark.parametrize("kind", ATTACKS)
@@ -204,7 +207,7 @@ def test_pgd_lowers_the_smoothed_probability() -> None:
     def p_y(images: torch.Tensor) -> torch.Tensor:
         return step.logits(images + step.noise).softmax(-1).mean(0)[range(BATCH), step.labels]
 
-    before, after = p_y(step.images), p_y(Pgd(epsilon=0.5, steps=10).perturb(step))
+    before, after = p_y(step.images), p_y(Pgd(epsilon=0.5, steps=10).perturb(step).images)
     assert (after < before).all()
 
 
@@ -216,21 +219,21 @@ def test_the_gradient_free_direction_approaches_the_gradient_with_many_copies() 
 
 
 def test_gradient_free_needs_two_copies_and_the_others_one() -> None:
-    assert [attack.least_m for attack in (Pgd, Ddn, GradientFree)] == [1, 1, 2]
+    assert [attack.min_m for attack in (Pgd, Ddn, GradientFree)] == [1, 1, 2]
 
 
 def test_ddn_leaves_alone_what_is_wrong_already_or_cannot_be_reached() -> None:
     wrong, safe = a_step(4, sigma=0.01), a_step(4, scale=0.0)
     safe.model[1].bias[0] = 5.0  # class 0 whatever the image
-    assert torch.equal(Ddn(epsilon=2).perturb(wrong)[-1], wrong.images[-1])
+    assert torch.equal(Ddn(epsilon=2).perturb(wrong).images[-1], wrong.images[-1])
     safe = replace(safe, labels=torch.zeros_like(safe.labels))
-    assert torch.equal(Ddn(epsilon=2).perturb(safe), safe.images)
+    assert torch.equal(Ddn(epsilon=2).perturb(safe).images, safe.images)
 
 
 def test_ddn_finds_less_than_epsilon_where_less_suffices() -> None:
     step = a_step(4, sigma=0.01)
     right = [i for i in range(BATCH - 1) if not ByHand(step, i).fooled(ByHand(step, i).x)]
-    moved = Ddn(epsilon=2, steps=40).perturb(step)
+    moved = Ddn(epsilon=2, steps=40).perturb(step).images
     lengths = (moved - step.images).flatten(1).norm(dim=1)
     fooled = [i for i in right if ByHand(step, i).fooled(moved[i].numpy().ravel())]
     assert fooled
@@ -241,7 +244,7 @@ def test_ddn_tries_grey_levels_only() -> None:
     levels = 16
     step = a_step(4, sigma=0.01)
     step = replace(step, images=(step.images * (levels - 1)).round() / (levels - 1))
-    moved = Ddn(epsilon=20, steps=10, levels=levels).perturb(step) * (levels - 1)
+    moved = Ddn(epsilon=20, steps=10, levels=levels).perturb(step).images * (levels - 1)
     assert (moved - moved.round()).abs().max() < 1e-9
     assert (moved != step.images * (levels - 1)).any()
 

@@ -19,7 +19,9 @@ from rscli.api import ABSTAIN
 from rscli.config.layers import resolve
 from rscli.data.splits import Split, open_split
 from rscli.errors import ConfigError, InputError, Stopped
-from rscli.models.modelfile import Model, load_model
+from rscli.models.modelfile import load_model
+from rscli.models.smoothed import Smoothed
+from rscli.registry import installed
 from rscli.results.protocol import protocol_path
 from rscli.results.rows import Row, parse_row
 from rscli.results.writer import ResultWriter
@@ -121,9 +123,9 @@ class Listening(Silent):
 
 
 @cache
-def opened(model: Path) -> tuple[Model, Split]:
+def opened(model: Path) -> tuple[Smoothed, Split]:
     loaded = load_model(model)
-    return loaded, open_split(loaded.dataset(), loaded.card.spec, "test", Path())
+    return loaded, open_split(installed().build("datasets", loaded.source.card.data), loaded.source.card.spec, "test", Path())
 
 
 def recount(model: Path, index: int, seed: int = 0) -> dict[str, float]:
@@ -136,7 +138,7 @@ def recount(model: Path, index: int, seed: int = 0) -> dict[str, float]:
         for block in blocks
     ]
     with torch.inference_mode():
-        votes = loaded.classifier(image + SIGMA * torch.cat(noise)[: N0 + N]).argmax(-1).numpy()
+        votes = loaded.network(image + SIGMA * torch.cat(noise)[: N0 + N]).argmax(-1).numpy()
     top = int(np.bincount(votes[:N0], minlength=10).argmax())
     counts = np.bincount(votes[N0:], minlength=10)
     bound = float(beta.ppf(ALPHA, counts[top], N - counts[top] + 1)) if counts[top] else 0.0

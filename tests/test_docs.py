@@ -117,7 +117,7 @@ def test_mean_samples_by_simulation(r, p, mean, least):
     steps = np.diff(looks, prepend=0)
     hits = np.random.default_rng(0).binomial(steps, float(p), (paths, len(looks))).cumsum(axis=1)
     certified = hits >= test.certify[:, 0]
-    stopped = certified | (hits <= test.give_up[:, 0])
+    stopped = certified | (hits <= test.futility[:, 0])
     assert stopped[:, -1].all()
     first = stopped.argmax(axis=1)
     samples = np.array(looks)[first]

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from rscli.api import DataSpec, Transform
 from rscli.cli.boundary import boundary
 from rscli.cli.import_ import import_
 from rscli.errors import ConfigError, InputError, RscliError
 from rscli.models.importing.convert import Imported, ImportOptions, import_checkpoint
 from rscli.models.importing.keys import fit_tensors
-from rscli.models.modelfile import Model, load_model
+from rscli.models.modelfile import load_model
+from rscli.models.smoothed import Smoothed
 from rscli.registry import installed
 from rscli.runtime.progress import Silent
 
@@ -85,7 +87,9 @@ class Named(nn.Module):
 def network(section: dict, shape=(3, 32, 32), classes: int = 10, seed: int = 0) -> nn.Module:
     """A network in eval mode, every tensor of it random, statistics of batch normalisation included."""
     torch.manual_seed(seed)
-    built = installed().build("architectures", section).build(classes, shape).eval()
+    transform = Transform(channels=shape[0], crop=shape[1:])
+    spec = DataSpec(class_names=tuple(map(str, range(classes))), shape=shape, test_transform=transform)
+    built = installed().build("architectures", section).build(spec).eval()
     for module in built.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low, high in (
@@ -117,10 +121,10 @@ def bring(path: Path, progress: Silent | None = None, **changes) -> Imported:
     return import_checkpoint(options, progress or Silent())
 
 
-def same_predictions(model: Model, source: nn.Module, shape=(3, 32, 32)) -> bool:
+def same_predictions(model: Smoothed, source: nn.Module, shape=(3, 32, 32)) -> bool:
     images = torch.rand(4, *shape, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        return torch.equal(model.classifier(images), source.eval()(images))
+        return torch.equal(model.network(images), source.eval()(images))
 
 
 def refusal(path: Path, **changes) -> RscliError:
@@ -214,7 +218,7 @@ def test_old_checkpoints_lack_the_counters_of_batches(tmp_path):
     kept = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith("num_batches_tracked")}
     model = load_model(bring(published(tmp_path / "c.pth", source, state_dict=kept)).model)
     assert same_predictions(model, source)
-    assert model.classifier.network.bn1.num_batches_tracked == 0
+    assert model.network.network.bn1.num_batches_tracked == 0
 
 
 # --- architectures -----------------------------------------------------------------------------------------------------------
@@ -282,7 +286,7 @@ def test_the_field_s_densenet_is_renamed(tmp_path):
     images = torch.rand(4, 3, 32, 32)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (CIFAR_MEAN, CIFAR_STD))
     with torch.inference_mode():
-        ours, theirs = load_model(found.model).classifier(images), source((images - mean) / std)
+        ours, theirs = load_model(found.model).network(images), source((images - mean) / std)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # the global mean is computed another way
 
 

@@ -25,7 +25,7 @@ def made(*sets: str) -> tuple[Classifier, ModelCard]:
     resolved = resolve(sets=[*SETS, "optimizer.lr=0.1", "seed=3", *sets])
     spec = resolved.dataset.spec(Path())
     spec = spec.model_copy(update={"mean": (0.25,), "std": (0.5,)})
-    return initial_classifier(resolved, spec), model_card(resolved, spec)
+    return initial_classifier(resolved, spec), model_card(resolved, spec, {})
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +70,16 @@ def test_a_model_reads_back_as_it_was(written):
     loaded = load_model(written)
     assert loaded.card.model_copy(update={"sha256": ""}) == card
     for name, tensor in classifier.state_dict().items():
-        assert torch.equal(loaded.classifier.state_dict()[name], tensor), name
+        assert torch.equal(loaded.network.state_dict()[name], tensor), name
     images = torch.rand(5, 1, 28, 28)
     with torch.inference_mode():
-        assert torch.equal(loaded.classifier(images), classifier.eval()(images))
-    assert not loaded.classifier.training
+        assert torch.equal(loaded.network(images), classifier.eval()(images))
+    assert not loaded.network.training
     assert loaded.noise.sigma == 0.25
 
 
 def test_the_normalisation_of_the_card_is_in_front_of_the_network(written):
-    classifier = load_model(written).classifier
+    classifier = load_model(written).network
     images = torch.rand(2, 1, 28, 28)
     with torch.inference_mode():
         assert torch.equal(classifier(images), classifier.network((images - 0.25) / 0.5))
@@ -90,7 +90,7 @@ def test_the_same_content_gives_the_same_bytes(written, tmp_path):
         save_model(tmp_path / name, *made())
         assert (tmp_path / name).read_bytes() == written.read_bytes()
     again = load_model(written)
-    save_model(tmp_path / "c", again.classifier, again.card)
+    save_model(tmp_path / "c", again.network, again.source.card)
     assert (tmp_path / "c").read_bytes() == written.read_bytes()
 
 
@@ -272,6 +272,6 @@ def test_tensors_that_share_memory_are_written(tmp_path):
     first = classifier.network.layer1[0].conv1
     classifier.network.layer1[0].conv2.weight = first.weight
     save_model(tmp_path / "m", classifier, card)
-    loaded = load_model(tmp_path / "m").classifier.network
+    loaded = load_model(tmp_path / "m").network.network
     assert torch.equal(loaded.layer1[0].conv1.weight, loaded.layer1[0].conv2.weight)
     assert torch.equal(loaded.layer1[0].conv1.weight, first.weight)

@@ -24,10 +24,10 @@ NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 SIGMAS = ("0.25", "0.5", "1.0")
 METHODS = ("gaussian", "stability", "smoothadv", "macer", "cons", "smoothadv-cons")
 
-MNIST = {"epochs": 90, "batch": 256, "lr": 0.01, "drops": [31, 61], "arch": {"name": "lenet"}}
-CIFAR = {"epochs": 150, "batch": 256, "lr": 0.1, "drops": [51, 101], "arch": {"name": "cifar-resnet", "depth": 110}}
-IMAGENET = {"epochs": 90, "batch": 256, "lr": 0.1, "drops": [31, 61], "arch": {"name": "timm/resnet50"}}
-COHEN = {"epochs": 90, "batch": 400, "drops": [30, 60]}
+MNIST = {"epochs": 90, "batch": 256, "lr": 0.01, "milestones": [31, 61], "arch": {"name": "lenet"}}
+CIFAR = {"epochs": 150, "batch": 256, "lr": 0.1, "milestones": [51, 101], "arch": {"name": "cifar-resnet", "depth": 110}}
+IMAGENET = {"epochs": 90, "batch": 256, "lr": 0.1, "milestones": [31, 61], "arch": {"name": "timm/resnet50"}}
+COHEN = {"epochs": 90, "batch": 400, "milestones": [30, 60]}
 RUNS = {"mnist": MNIST, "cifar10": CIFAR, "imagenet": IMAGENET}
 
 
@@ -126,7 +126,7 @@ def check_run(settings, run, sigma, loss, attack):
     assert settings["epochs"] == run["epochs"]
     assert settings["batch"] == run["batch"]
     assert settings["optimizer"] == {"lr": run["lr"], "momentum": 0.9, "weight_decay": 1e-4}
-    assert settings["schedule"] == {"drops": run["drops"], "factor": 0.1}
+    assert settings["schedule"] == {"milestones": run["milestones"], "gamma": 0.1}
     assert settings["arch"] == run["arch"]
     assert settings["noise"] == {"name": "gaussian", "sigma": sigma}
     assert settings["loss"] == loss
@@ -164,12 +164,12 @@ IMAGES = {
 }
 PARAMETERS = {"mnist": 431_080, "resnet110": 1_730_714, "resnet20": 272_474, "densenet40": 211_978, "imagenet": 25_557_032}
 BATCHES = {("mnist", 256): 235, ("cifar10", 256): 196, ("cifar10", 400): 125, ("imagenet", 256): 5005, ("imagenet", 400): 3203}
-"""Batches an epoch: of 60,000, 50,000 and 1,281,167 images."""
+"""Batches per epoch: of 60,000, 50,000 and 1,281,167 images."""
 
 
 @pytest.mark.parametrize("name", [*(row[0] for row in ROWS), *SMALL])
 def test_a_dry_run_is_of_the_paper_s_training(name, tmp_path):
-    """Through the resolver, so with every default: network, steps an epoch, optimiser, normalisation, augmentation."""
+    """Through the resolver, so with every default: network, steps per epoch, optimiser, normalisation, augmentation."""
     found = resolve(name)
     plan = outlook(found, TrainOptions(out=tmp_path / "run", data_dir=tmp_path))
     data, method = name.partition("-")[0], name.rpartition("-")[0].partition("-")[2]
@@ -177,8 +177,8 @@ def test_a_dry_run_is_of_the_paper_s_training(name, tmp_path):
     loss, attack = SMALL[name][:2] if name in SMALL else next(row[4:] for row in ROWS if row[0] == name)
     chunks = loss["m"] if loss["name"] in ("gaussian", "consistency") else 1
     assert plan.parameters == PARAMETERS[network]
-    assert (plan.chunks, plan.steps_an_epoch) == (chunks, chunks * BATCHES[data, found.config.batch])
-    assert found.config.optimizer.nesterov is False
+    assert (plan.chunks, plan.steps_per_epoch) == (chunks, chunks * BATCHES[data, found.config.batch])
+    assert found.config.optimizer["nesterov"] is False
     assert loss.items() <= found.config.loss.items()
     assert (attack or {}).items() <= (found.config.attack or {}).items()
     assert (found.attack is None) is (attack is None)

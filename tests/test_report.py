@@ -404,7 +404,7 @@ def test_a_plot_says_that_between_given_radii_it_shows_a_bound(tmp_path):
         ("two-stage", "loss", 0.05, 0.5, True),
         ("two-sided", "share", 0.9, 0.5, True),
         ("sequential", "early", 0.2, 0.0, True),
-        ("sequential", "give_up", 0.001, 0.5, False),
+        ("sequential", "futility", 0.001, 0.5, False),
         ("cohen", "early_abstain", False, True, False),
         ("cohen", "package", "rscli", "another", False),
         ("of-another-package", "loss", 1, 2, False),

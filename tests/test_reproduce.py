@@ -45,7 +45,7 @@ def test_every_command_works(command, tmp_path):
     if name == "train":
         result = CliRunner().invoke(app, [name, *words, *(() if "--dry-run" in words else ["--dry-run"])])
         assert result.exit_code == 0, result.output
-        assert "steps an epoch" in result.stdout
+        assert "steps per epoch" in result.stdout
     elif name == "presets":
         assert CliRunner().invoke(app, [name, *words]).exit_code == 0
     else:

@@ -270,7 +270,7 @@ def test_a_long_run_without_a_trial_says_what_it_will_cost_too(model, tmp_path, 
 
 
 def test_the_pilot_of_a_run_of_days_may_take_longer(model, tmp_path, monkeypatch):
-    """At 500 samples a second, two seconds are enough for 4 images; 40 seconds for 80, but 20 are the most."""
+    """At 500 samples per second, two seconds are enough for 4 images; 40 seconds for 80, but 20 are the most."""
     images = Images(load_model(model), installed().build("certifiers", {"name": "cohen"}), None, (), labels=False)
     asked = []
     monkeypatch.setattr(previewing, "_pilot", lambda split, wanted, most, *rest: asked.append(most) or {})
@@ -320,7 +320,7 @@ def test_the_preview_of_a_sequential_run_says_what_it_probably_takes(model, tmp_
         tally = certify(options(model, tmp_path / f"{labels}.tsv", **wanted, labels=labels, skip=3, max=64), heard)
         _, price, probably = heard.notes
         assert price.startswith(f"64 images, at most {64 * most:,} samples: about 0:00:00 at that speed")
-        said, rest = probably.removeprefix("probably ").split(" samples an image: ")
+        said, rest = probably.removeprefix("probably ").split(" Monte Carlo samples per image: ")
         assert rest == "about 0:00:00 (estimated from 64 images)"
         assert 0.5 < float(said.replace(",", "")) / (tally.samples / 64) < 3
 

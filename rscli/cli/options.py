@@ -20,11 +20,16 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that 
 Json = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one setting; repeatable. A setting of text takes the text, any other TOML, or yes/no, none, 31,61.",
+    ),
 ]
 ChannelsLast = Annotated[bool, typer.Option("--channels-last/--contiguous", help="Memory layout of images and convolutions.")]
 Precision = Annotated[str, typer.Option("--precision", help="fp32, tf32 (CUDA) or bf16; recorded with the result.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, max=10**6, help="Samples a forward; changes the speed, not the noise.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, max=10**6, help="Batch size per forward pass; the noise stays the same.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that read image files.")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class LineProgress:
         self._said = now
         fresh = done - self._before
         left = (now - self._began) / fresh * (self._total - done) if fresh else None
-        eta = "" if left is None else f", {_clock(left)} left"
+        eta = "" if left is None else f", {timedelta(seconds=int(left))} left"
         shown = "".join(f", {name} {value}" for name, value in figures.items())
         print(f"{self._task} {done}/{self._total} {self._unit}{shown}{eta}", file=sys.stderr, flush=True)
 
@@ -162,9 +163,3 @@ class BarProgress:
     def warn(self, text: str) -> None:
         """A yellow line above the bar."""
         self._console.print(f"warning: {text}", style="yellow", markup=False)
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(int(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d}"

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def predict(
     model: Annotated[Path, typer.Argument(help="A model file, or its run folder.")],
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images, of any common format and size.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Samples an image.")] = 1000,
-    n0: Annotated[int, typer.Option("--n0", min=1, help="Selection samples an image, with --certify.")] = 100,
-    alpha: Annotated[float, typer.Option("--alpha", help="Probability that an answer is wrong, at most.")] = 0.001,
+    n: Annotated[int, typer.Option("--n", min=1, help="Monte Carlo samples per image.")] = 1000,
+    n0: Annotated[int, typer.Option("--n0", min=1, help="Selection samples per image, with --certify.")] = 100,
+    alpha: Annotated[float, typer.Option("--alpha", help="Failure probability of an answer, at most.")] = 0.001,
     certify: Annotated[bool, typer.Option("--certify", help="Also give the certified radius.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
     device: opt.Device = "auto",

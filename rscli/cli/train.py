@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -81,6 +81,8 @@ def train(
     if len(runs) > 1 and not resume:
         _check_unused(runs)
     progress = listener(quiet)
+    for note in every[0].notes:
+        progress.note(note)
     answers = []
     for resolved, options in runs:
         if len(runs) > 1:
@@ -126,6 +128,7 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     from rich.table import Table
 
     from rscli.cli.output import emit_json, stdout
+    from rscli.config.settings import dotted, leaves
     from rscli.training.train import outlook
 
     plans = [outlook(resolved, how) for resolved, how in runs]
@@ -139,27 +142,17 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     resolved, plan = runs[0][0], plans[0]
     seeds = ", ".join(str(one.config.seed) for one, _ in runs)
     table = Table("setting", "value", "source", box=None, pad_edge=False)
-    for key, value in leaves(resolved.as_dict()):
+    for path, value in leaves(resolved.as_dict()):
+        key = dotted(path)
         shown = (key, seeds if key == "seed" else str(value), resolved.sources.get(key, "default"))
         table.add_row(*map(escape, shown))
     console = stdout()
     console.print(table)
     images = "unknown until the data are there" if plan.images is None else f"{plan.images:,}"
-    steps = "unknown" if plan.steps_an_epoch is None else f"{plan.steps_an_epoch:,}"
+    steps = "unknown" if plan.steps_per_epoch is None else f"{plan.steps_per_epoch:,}"
     console.print(f"\nparameters      {plan.parameters:,}", highlight=False)
     console.print(f"training images {images}", highlight=False)
     chunks = f" (each batch in {plan.chunks} chunks, a step each)" if plan.chunks > 1 else ""
-    console.print(f"steps an epoch  {steps}{chunks}", highlight=False)
+    console.print(f"steps per epoch  {steps}{chunks}", highlight=False)
     files = [str(file) for plan in plans for file in plan.files]
     console.print("would write     " + "\n                ".join(files), highlight=False, markup=False)
-
-
-def leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The leaves of nested dictionaries as (dotted key, value)."""
-    found: list[tuple[str, Any]] = []
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            found += leaves(item, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", item))
-    return found

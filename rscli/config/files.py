@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
+from rscli.config.decode import LARGEST_JSON, LARGEST_TOML, check_size, decode_json, decode_toml
 from rscli.errors import InputError
 
 
@@ -17,8 +16,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     form = "JSON" if path.suffix == ".json" else "TOML"
     try:
+        check_size(path, LARGEST_JSON if form == "JSON" else LARGEST_TOML)
         text = path.read_text(encoding="utf-8")
-        settings = json.loads(text) if form == "JSON" else tomllib.loads(text)
+        settings = decode_json(text) if form == "JSON" else decode_toml(text)
     except FileNotFoundError as cause:
         raise InputError(f"there is no configuration file {path}", "Check the path after --config.") from cause
     except ValueError as cause:  # both decoders name line and column; text that is not UTF-8 is a ValueError as well

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +37,7 @@ from rscli.config.presets import load_preset
 from rscli.config.problems import FINITE, Problems
 from rscli.config.schema import GROUPS, SECTIONS, TrainConfig
 from rscli.config.settings import Key, Setting, Settings, dotted, flatten, leaves, nest, parse_sets, scalars, stack
+from rscli.config.words import field_type
 from rscli.errors import PluginError
 
 
@@ -142,11 +144,46 @@ def resolve(
         values = read_settings(config_file)
         values.pop("preset", None)  # the file may be a copy of a preset, which says in that section what it is
         settings = stack(settings, flatten(values, str(config_file)))
-    chosen, malformed = parse_sets(sets)
+    chosen, malformed = read_sets(sets, settings)
     settings = stack(settings, chosen)
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     settings = stack(settings, {tuple(key.split(".")): Setting(value, _flag(key)) for key, value in given.items()})
     return _assemble(settings, malformed, preset)
+
+
+def read_sets(sets: Iterable[str], lower: Settings, kinds: Mapping[str, str] = SECTIONS) -> tuple[Settings, list[str]]:
+    """The settings in the texts of `--set` over `lower`, each read for its field, and a line for each text that is none.
+
+    `kinds` maps the sections that name a plugin to its kind. A plugin that is unknown or does not load is passed over here.
+    """
+    sets = list(sets)
+    named = stack(lower, parse_sets(sets, lambda key: str if key[-1] == "name" else Any)[0])
+    models: dict[str, type[Plugin]] = {}
+    for section, kind in kinds.items():
+        name = named.get((section, "name"))
+        if name is not None and isinstance(name.value, str):
+            with suppress(PluginError):
+                models[section] = registry.installed().load(kind, name.value)
+
+    def type_of(key: Key) -> Any:
+        if key[0] in GROUPS:
+            return _type_in_group(key)
+        if len(key) == 1 or key[0] not in kinds:
+            return field_type(TrainConfig, key)
+        if key[1:] == ("name",):
+            return str
+        model = models.get(key[0])
+        return Any if model is None else field_type(model, (model.renamed.get(key[1], key[1]), *key[2:]))
+
+    return parse_sets(sets, type_of)
+
+
+def _type_in_group(key: Key) -> Any:
+    """The type of a field such as `callbacks.checkpoint.every`; unknown for a plugin as a whole, and where there is none."""
+    if len(key) > 2:
+        with suppress(PluginError):
+            return field_type(registry.installed().load(key[0], key[1]), key[2:])
+    return Any
 
 
 def rebuild(config: Mapping[str, Any], source: str = "saved configuration") -> Resolved:

@@ -88,7 +88,7 @@ def published_for(preset: str) -> PublishedRow | None:
     row = next((row for row in published_rows() if row.key == key), None)
     if row is None:
         raise InputError(
-            f"the preset {preset} names published figures that no table holds: {key}", "Mend its [preset.published]."
+            f"the preset {preset} names published figures that no table holds: {key}", "Fix its [preset.published]."
         )
     return row
 
@@ -158,7 +158,7 @@ def _find(name: str) -> _File:
 
 def _path(file: _File) -> Path:
     if file.path is None:
-        raise PluginError(f"the presets {file.name!r} of {file.entry.package} cannot be used: {file.problem}", _mend(file))
+        raise PluginError(f"the presets {file.name!r} of {file.entry.package} cannot be used: {file.problem}", _fix(file))
     return file.path
 
 
@@ -170,9 +170,9 @@ def _load(file: _File) -> Preset:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(["preset", *map(str, first["loc"])])
-        raise InputError(f"the preset {file.name} is broken: {where}: {first['msg']} ({path})", _mend(file)) from error
+        raise InputError(f"the preset {file.name} is broken: {where}: {first['msg']} ({path})", _fix(file)) from error
     return Preset(file.name, file.entry.package, file.entry.version, path, header, settings)
 
 
-def _mend(file: _File) -> str:
+def _fix(file: _File) -> str:
     return f"Update or uninstall {file.entry.package} {file.entry.version}; other presets are not affected."

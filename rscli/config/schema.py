@@ -80,7 +80,7 @@ def chunk_count(images: int, m: int) -> int:
 
 
 def steps_per_epoch(n_images: int, batch: int, m: int, chunked: bool = True) -> int:
-    """Optimiser steps an epoch over `n_images` images in batches of `batch`, the last one possibly short.
+    """Optimiser steps per epoch over `n_images` images in batches of `batch`, the last one possibly short.
 
     With `chunked`, each batch is split into at most `m` chunks of equal size (the last possibly smaller), with one step each.
     """

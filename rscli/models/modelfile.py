@@ -11,23 +11,42 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from rscli.api import Architecture, DataSpec, Noise, Plugin
+from rscli.config.decode import decode_json
+from rscli.config.problems import faults
+from rscli.config.settings import shortened
 from rscli.errors import InputError, PluginError
-from rscli.models.network import Classifier, build_classifier
+from rscli.models.network import Classifier, build_classifier, no_larger_than
 from rscli.models.smoothed import Smoothed, Source
 from rscli.plugin_files import from_file
 from rscli.registry import Registry, installed
 from rscli.runtime.files import replacing
 
 FORMAT: Literal[2] = 2
+
+
+def _named(section: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(section.get("name"), str) or len(section["name"]) > 500:
+        raise ValueError("must have a name, a text of at most 500 characters")
+    return section
+
+
+def _maker(plugin: dict[str, str]) -> dict[str, str]:
+    if missing := [key for key in ("kind", "name", "package", "version") if key not in plugin]:
+        raise ValueError(f"must have {', '.join(missing)}")
+    return plugin
+
+
+NamedSection = Annotated[dict[str, Any], AfterValidator(_named)]
+"""A plugin's name and its fields."""
 
 
 class ModelCard(BaseModel):
@@ -41,13 +60,13 @@ class ModelCard(BaseModel):
 
     format: Literal[1, 2] = FORMAT
     rscli: str
-    arch: dict[str, Any]
-    noise: dict[str, Any]
-    data: dict[str, Any]
+    arch: NamedSection
+    noise: NamedSection
+    data: NamedSection
     spec: DataSpec
-    plugins: list[dict[str, str]]
+    plugins: list[Annotated[dict[str, str], AfterValidator(_maker)]] = Field(max_length=1000)
     config: dict[str, Any] | None = None
-    epochs: int | None = None
+    epochs: int | None = Field(None, ge=0, lt=2**63)
     origin: str | None = None
     preset: str | None = None
     overrides: dict[str, Any] | None = None
@@ -73,10 +92,10 @@ def load_model(path: Path) -> Smoothed:
     written with; `PluginError` if a plugin it needs is not installed.
     """
     if not path.is_file():
-        raise InputError(f"there is no model file {path}", "A training run writes model.safetensors into its run folder.")
+        raise _missing(path)
     tensors, text = _read(path)
     card = _card(path, text)
-    if content_digest(tensors, json.loads(text)) != card.sha256:
+    if content_digest(tensors, decode_json(text)) != card.sha256:
         raise InputError(
             f"{path} does not hold what it was written with: its weights or its description were changed or damaged",
             "Copy it again, or train anew.",
@@ -84,11 +103,7 @@ def load_model(path: Path) -> Smoothed:
     registry = installed()
     architecture = cast(Architecture, _plugin(registry, "architectures", card.arch, card, path))
     noise = cast(Noise, _plugin(registry, "noises", card.noise, card, path))
-    classifier = build_classifier(architecture, card.spec, weights=False)
-    try:
-        classifier.network.load_state_dict(tensors)
-    except RuntimeError as cause:
-        raise InputError(f"the weights in {path} do not fit its architecture {card.arch['name']!r}: {cause}") from cause
+    classifier = _rebuilt(architecture, card, tensors, path)
     return Smoothed(
         classifier.eval(),
         noise,
@@ -106,6 +121,16 @@ def card_of(model: Smoothed) -> ModelCard:
     return model.source.card
 
 
+def read_card(path: Path) -> ModelCard:
+    """The description inside a model file, without its weights: neither is checked against the other.
+
+    Raises `InputError` as `load_model` does for a file that is missing, foreign, truncated or broken.
+    """
+    if not path.is_file():
+        raise _missing(path)
+    return _card(path, _read(path, weights=False)[1])
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -115,7 +140,7 @@ def file_digest(path: Path) -> str:
 def content_digest(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
     """SHA-256 over the card (but for the digest in it) and the names, types, shapes and bytes of `tensors`, sorted by name.
 
-    A changed sigma would make wrong certificates as surely as changed weights.
+    A changed sigma would make false certificates as surely as changed weights.
     """
     return tensor_digest(tensors, _canonical({**card, "sha256": ""}).encode())
 
@@ -134,7 +159,24 @@ def _canonical(card: Mapping[str, Any]) -> str:
     return json.dumps(card, sort_keys=True, separators=(",", ":"))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+def _rebuilt(architecture: Architecture, card: ModelCard, tensors: dict[str, Tensor], path: Path) -> Classifier:
+    """The classifier with the weights of the file. Raises `InputError` if they are of another network, or of a smaller one."""
+    name = card.arch["name"]
+    try:
+        with no_larger_than(tensors):
+            classifier = build_classifier(architecture, card.spec, weights=False)
+        classifier.network.load_state_dict(tensors)
+    except (RuntimeError, InputError) as cause:
+        text = shortened(cause.message if isinstance(cause, InputError) else str(cause), 2000)
+        raise InputError(f"the weights in {path} do not fit its architecture {name!r}: {text}") from cause
+    return classifier
+
+
+def _missing(path: Path) -> InputError:
+    return InputError(f"there is no model file {path}", "A training run writes model.safetensors into its run folder.")
+
+
+def _read(path: Path, weights: bool = True) -> tuple[dict[str, Tensor], str]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -143,7 +185,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
                     f"{path} is a safetensors file, but not one of rscli's: it does not say what it holds",
                     "`rscli train` writes model files that certify and predict can read.",
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata["rscli"]  # noqa: SIM118
+            names = file.keys() if weights else ()
+            return {name: file.get_tensor(name) for name in names}, metadata["rscli"]
     except (SafetensorError, OSError, ValueError) as cause:
         raise InputError(
             f"{path} is not a whole safetensors file: {cause}",
@@ -153,14 +196,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _card(path: Path, text: str) -> ModelCard:
     try:
-        raw = json.loads(text)
+        raw = decode_json(text)
         if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
             raise InputError(f"{path} has format {raw['format']}, this rscli reads up to {FORMAT}", "Update rscli.")
         return ModelCard.model_validate(raw)
     except (ValidationError, ValueError) as cause:
-        first = str(cause)
-        if isinstance(cause, ValidationError):
-            first = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in cause.errors())
+        first = "; ".join(faults(cause)[:10]) if isinstance(cause, ValidationError) else str(cause)
         raise InputError(
             f"the description inside {path} is broken ({first})", "The file was changed; copy it again."
         ) from cause
@@ -185,7 +226,7 @@ def _plugin(registry: Registry, kind: str, section: Mapping[str, Any], card: Mod
             hint = f"It was written with {maker['package']} {maker['version']}: pip install {maker['package']}."
         raise PluginError(f"{path} needs the {kind} plugin {name!r}: {cause.message}", hint) from cause
     except ValidationError as cause:
-        fields = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in cause.errors())
+        fields = "; ".join(faults(cause)[:10])
         raise PluginError(f"the {kind} plugin {name!r} does not take the fields that {path} records: {fields}") from cause
 
 

@@ -12,7 +12,7 @@ LEVEL = 0.95
 """Confidence of every interval."""
 
 RHO = 0.001
-"""The statement about wrong certificates in a whole table holds with probability 1 - RHO."""
+"""The statement about false certificates in a whole table holds with probability 1 - RHO."""
 
 
 @dataclass(frozen=True)

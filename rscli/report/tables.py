@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
 from rscli.smoothing.summary import Tally
@@ -231,7 +232,7 @@ def _protocol(comparison: Comparison) -> Table:
         "largest radius": lambda s: f"{metrics.round_down(s.largest, 3):.3f}",
         "may be wrong": lambda s: "" if s.may_be_wrong is None else f"≤ {s.may_be_wrong}",
         "samples": lambda s: _known(s.samples, ","),
-        "time": lambda s: _clock(s.seconds),
+        "time": lambda s: str(timedelta(seconds=round(s.seconds))),
     }
     return Table(
         title="What the figures rest on",
@@ -253,12 +254,6 @@ def _abstained(summary: Summary) -> str:
 
 def _known(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else format(value, form)
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour:,}:{minute:02d}:{second:02d}"
 
 
 def widths(table: Table) -> Sequence[int]:

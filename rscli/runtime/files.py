@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rscli.config.decode import LARGEST_JSON, check_size, decode_json
 from rscli.errors import InputError, RscliError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -81,7 +82,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, what: str) -> Any:
     """The JSON value in `path`. Raises `InputError`, calling the file `what`, if it is missing or broken."""
-    return _reading(path, what, lambda: json.loads(path.read_text(encoding="utf-8")))
+    return _reading(path, what, lambda: _bounded_json(path))
+
+
+def _bounded_json(path: Path) -> Any:
+    check_size(path, LARGEST_JSON)
+    return decode_json(path.read_text(encoding="utf-8"))
 
 
 def _reading(path: Path, what: str, read: Callable[[], Any]) -> Any:

@@ -43,7 +43,7 @@ CLEARLY = 1.05
 class Choice:
     """How batches are classified: their size, memory layout, how many lanes side by side, and whether by torch.compile.
 
-    `speed`: the samples a second that a trial measured (None: not tried).
+    `speed`: the samples per second that a trial measured (None: not tried).
     """
 
     batch: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from rscli.smoothing.images import Images
 
 
@@ -11,8 +13,6 @@ def at_most(images: Images, first: int, count: int, speed: float, world: int) ->
     `first` is the index of one of them; `speed` is that of this process, in samples per second, and there are `world` of them.
     """
     samples = count * (images.certifier.selection(images.question(first)) + images.certifier.n)
-    return f"{count:,} images, at most {samples:,} samples: about {_clock(samples / speed / world)} at that speed"
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
+    return (
+        f"{count:,} images, at most {samples:,} samples: about {timedelta(seconds=int(samples / speed / world))} at that speed"
+    )

@@ -18,7 +18,7 @@ from rscli.config.schema import smallest_step
 from rscli.errors import InputError
 
 
-def check_lonely_images(resolved: Resolved, classifier: nn.Module, spec: DataSpec, images: int) -> None:
+def check_single_image_batches(resolved: Resolved, classifier: nn.Module, spec: DataSpec, images: int) -> None:
     """Raises `InputError` if an epoch over `images` images has a step on one, and `classifier` cannot be trained on one.
 
     Tries such a step on a copy, and only where there is one: `classifier` and the run's random numbers stay as they are.

@@ -19,6 +19,7 @@ import torch
 
 from rscli.config.layers import rebuild
 from rscli.config.schema import GROUPS
+from rscli.config.settings import changes
 from rscli.errors import InputError, RscliError
 from rscli.runtime.files import read_json, replacing, write_json
 from rscli.training.checkpoint import check_position, remedy
@@ -112,9 +113,11 @@ class RunFolder:
         before = read_json(self.config, "configuration of the run")
         if not isinstance(before, dict):
             raise InputError(f"{self.config} is not the configuration of a run", "Choose another --out.")
-        changed = _differences(_decisive(_as_now(before.get("config", {}))), _decisive(record["config"]))
-        changed += _differences(before.get("plugin_files", {}), record.get("plugin_files", {}), "plugin file")
-        differences = [f"  {key}: {old!r} in {self.path}, {new!r} now" for key, old, new in changed]
+        old, new = (
+            {**_decisive(config), "plugin_files": one.get("plugin_files", {})}
+            for one, config in ((before, _as_now(before.get("config", {}))), (record, record["config"]))
+        )
+        differences = [f"  {key}: {a!r} in {self.path}, {b!r} now" for key, a, b in changes(old, new)]
         if differences:
             text = "\n".join([f"{self.path} was started with another configuration:", *differences])
             raise InputError(text, "Use the same preset and settings to resume, or another --out for another run.")
@@ -131,13 +134,3 @@ def _as_now(config: Any) -> Any:
 def _decisive(config: Any) -> Any:
     """Without what only looks on, and may differ in a run that is resumed."""
     return {key: value for key, value in config.items() if key not in GROUPS} if isinstance(config, dict) else config
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """The leaves in which two nested dictionaries differ: (dotted key, old value, new value); None for a missing one."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [(prefix, old, new)]
-    found = []
-    for key in sorted({*old, *new}):
-        found += _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-    return found

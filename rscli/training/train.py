@@ -25,7 +25,7 @@ from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest, stop_requests
 from rscli.training.checkpoint import fitting
 from rscli.training.context import SetupContext
-from rscli.training.minimum_batch import check_lonely_images
+from rscli.training.minimum_batch import check_single_image_batches
 from rscli.training.run import TrainingRun
 from rscli.training.run_folder import RunFolder
 from rscli.training.trainer import Trainer, initial_classifier
@@ -54,7 +54,7 @@ class Outlook:
 
     parameters: int
     images: int | None
-    steps_an_epoch: int | None
+    steps_per_epoch: int | None
     chunks: int
     files: list[Path]
 
@@ -71,7 +71,7 @@ def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     steps = None if images is None else steps_per_epoch(images, resolved.config.batch, chunks)
     classifier = initial_classifier(resolved, spec)
     if images:
-        check_lonely_images(resolved, classifier, spec, images)
+        check_single_image_batches(resolved, classifier, spec, images)
     return Outlook(parameter_count(classifier), images, steps, chunks, RunFolder(options.out).files())
 
 
@@ -106,7 +106,7 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     spec = resolved.dataset.spec(options.data_dir)
     split = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)
     trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
-    check_lonely_images(resolved, trainer.classifier, spec, len(split))
+    check_single_image_batches(resolved, trainer.classifier, spec, len(split))
     folder = RunFolder(options.out)
     files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
     record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}

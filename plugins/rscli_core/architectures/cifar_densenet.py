@@ -21,8 +21,8 @@ class CifarDenseNet(Architecture):
     layers and, for (3, 32, 32) and ten classes, 211,978 parameters.
     """
 
-    depth: int = Field(40, ge=10, description="6 n + 4 for n layers a block", json_schema_extra=unit("layers"))
-    growth: int = Field(12, ge=1, description="channels that each layer adds", json_schema_extra=unit("channels"))
+    depth: int = Field(40, ge=10, le=1000, description="6 n + 4 for n layers a block", json_schema_extra=unit("layers"))
+    growth: int = Field(12, ge=1, le=1000, description="channels that each layer adds", json_schema_extra=unit("channels"))
 
     @field_validator("depth")
     @classmethod

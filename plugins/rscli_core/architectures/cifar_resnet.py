@@ -21,7 +21,9 @@ class CifarResNet(Architecture):
     has 1,730,714 parameters and ResNet-20 has 272,474.
     """
 
-    depth: int = Field(110, ge=8, description="weighted layers: 6 n + 2 for n blocks a stage", json_schema_extra=unit("layers"))
+    depth: int = Field(
+        110, ge=8, le=10_000, description="weighted layers: 6 n + 2 for n blocks a stage", json_schema_extra=unit("layers")
+    )
 
     @field_validator("depth")
     @classmethod

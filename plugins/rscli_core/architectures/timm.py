@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 RESERVED = frozenset({"model_name", "pretrained", "num_classes", "in_chans", "checkpoint_path"})
 """Arguments of `timm.create_model` that are not for `kwargs`: rscli sets them itself, or has another way."""
 
+LARGEST = 1_000_000
+"""A number among the keyword arguments, at most: some models make a list of that length."""
+
 RESERVED_HINT = "classes and channels are the data set's, pretrained is a field, and `rscli import` reads checkpoints"
 
 
@@ -38,6 +41,8 @@ class TimmModel(Architecture):
     def _not_reserved(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(RESERVED & kwargs.keys()):
             raise ValueError(f"kwargs must not set {', '.join(taken)}; rscli does: {RESERVED_HINT}")
+        if large := [name for name, value in kwargs.items() if isinstance(value, int | float) and abs(value) > LARGEST]:
+            raise ValueError(f"kwargs must be numbers of at most {LARGEST:,}: {', '.join(large)}")
         return kwargs
 
     def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:

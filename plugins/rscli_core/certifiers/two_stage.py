@@ -29,7 +29,7 @@ class TwoStage(Certifier):
     decisive: ClassVar[tuple[str, ...]] = ("radius_tolerance",)
     renamed: ClassVar[Mapping[str, str]] = {"loss": "radius_tolerance"}
 
-    n0: int = Field(1000, ge=1, description="pilot samples an image: they choose its class and its number of samples")
+    n0: int = Field(1000, ge=1, description="pilot samples per image: they choose its class and its number of samples")
     radius_tolerance: float = Field(
         0.05, gt=0, lt=1, description="wanted loss of radius, relative to the radius that n samples would give"
     )

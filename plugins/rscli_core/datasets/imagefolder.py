@@ -29,6 +29,7 @@ class ImageFolder(Dataset):
     size: int = Field(
         32,
         ge=1,
+        le=8192,
         description="height and width of the input; the shorter side is resized to it, the middle cropped",
         json_schema_extra=unit("pixels"),
     )
@@ -50,8 +51,8 @@ class ImageFolder(Dataset):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.channels:
                 raise ValueError(f"{name} has {len(values)} values, and there are {self.channels} channels")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"every std must be above 0, got {self.std}")
+        if self.std is not None and min(self.std) < 1e-6:
+            raise ValueError(f"every std must be above 0 (1e-6 or more), got {self.std}")
         if self.cache == "memory" and self.augment == "resized-crop":
             raise ValueError("augment = resized-crop reads the original files anew each time: cache = memory cannot serve it")
         return self

@@ -13,10 +13,10 @@ from typing import Any, cast
 
 from rscli import __version__
 from rscli.api import Architecture, Dataset, Plugin
-from rscli.config.layers import build_section, defaults, full_section
+from rscli.config.layers import build_section, defaults, full_section, read_sets
 from rscli.config.problems import Problems
 from rscli.config.schema import SECTIONS
-from rscli.config.settings import Setting, Settings, dotted, flatten, nest, parse_sets, stack
+from rscli.config.settings import Setting, Settings, dotted, flatten, nest, stack
 from rscli.errors import InputError
 from rscli.models.importing.foreign import Checkpoint, read_checkpoint
 from rscli.models.importing.keys import fit_tensors
@@ -122,12 +122,6 @@ def _check_options(options: ImportOptions) -> None:
 
 def _plugins(options: ImportOptions, checkpoint: Checkpoint) -> tuple[dict[str, Plugin], dict[str, dict[str, Any]]]:
     """The plugins, and what the model file says of each, by section. Raises `ConfigError` naming every wrong setting."""
-    chosen, problems_of_sets = parse_sets(options.sets)
-    for key in list(chosen):
-        if len(key) < 2 or key[0] not in IMPORTED:
-            takes = ", ".join(f"{section}.KEY=VALUE" for section in IMPORTED)
-            problems_of_sets.append(f"--set {dotted(key)} is not a setting of import: it takes {takes}")
-            del chosen[key]
     if options.arch is not None:
         _check_arch(options.arch)
     named = checkpoint.arch if options.arch is None else options.arch
@@ -138,7 +132,14 @@ def _plugins(options: ImportOptions, checkpoint: Checkpoint) -> tuple[dict[str, 
         ("noise", "name"): Setting(options.noise or installed().default("noises"), "--noise"),
         ("noise", "sigma"): Setting(options.sigma, "--sigma"),
     }
-    settings = stack(stack(settings, flags), chosen)
+    settings = stack(settings, flags)
+    chosen, problems_of_sets = read_sets(options.sets, settings)
+    for key in list(chosen):
+        if len(key) < 2 or key[0] not in IMPORTED:
+            takes = ", ".join(f"{section}.KEY=VALUE" for section in IMPORTED)
+            problems_of_sets.append(f"--set {dotted(key)} is not a setting of import: it takes {takes}")
+            del chosen[key]
+    settings = stack(settings, chosen)
     if ("arch", "name") not in settings:
         raise _unknown_arch(checkpoint)
     problems, nested = Problems(settings, problems_of_sets), nest(settings)

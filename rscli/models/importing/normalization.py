@@ -52,10 +52,10 @@ def take_constants(fit: Fit) -> tuple[Fit, Constants | None]:
         return fit, None
     (mean,), (std,) = found[MEANS], found[STDS]
     values = tuple(fit.extra[mean].flatten().tolist()), tuple(fit.extra[std].flatten().tolist())
-    if not (all(0 <= m <= 1 for m in values[0]) and all(0 < s < float("inf") for s in values[1])):
+    if not (all(0 <= m <= 1 for m in values[0]) and all(1e-6 <= s <= 1e6 for s in values[1])):
         raise InputError(
             f"the file normalises with {mean} = {_numbers(values[0])} and {std} = {_numbers(values[1])}",
-            "Here pixels are in [0, 1] before any normalisation, so a mean must be in [0, 1] and a std above 0.",
+            "Here pixels are in [0, 1] before any normalisation, so a mean must be in [0, 1] and a std above 0 (1e-6 or more).",
         )
     extra = {name: tensor for name, tensor in fit.extra.items() if name not in (mean, std)}
     return Fit(fit.tensors, extra, fit.expected, fit.prefix), values
