@@ -5,9 +5,9 @@
     python bench/import_map.py --out map.svg            # drawn
     python bench/import_map.py --root ../older-checkout # the same of another checkout
 
-A room is a folder of rscli/, or a module directly in it. An arrow goes from a room to one that it imports, however often; where
-that happens only inside functions or for type checkers, it is marked "late". A circle is a set of rooms, or of files, that reach
-each other along arrows; those that hold already when modules are imported are told apart from those with late arrows.
+A room is a folder of rscli/, or a module directly in it. An arrow goes from a room to one that it imports, however often; it is
+marked "late" where that happens only inside functions or for type checkers. A circle is a set of rooms, or of files, that reach
+each other along arrows; those that close when modules are imported are told apart from those with late arrows.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import textwrap
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,3 +342,19 @@ def test_the_data_set_has_the_images_that_it_announces():
         assert set(loaded.labels) == set(range(len(spec.class_names)))
     with pytest.raises(InputError, match="no split"):
         data.load("validation", Path())
+
+
+# --- the README's example ----------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_example_trains_as_it_stands(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^(    from pydantic import Field\n(?:    .*\n|\n)+?)(?=\S)", readme, re.M)
+    path = tmp_path / "my_loss.py"
+    path.write_text(textwrap.dedent(block), encoding="utf-8")
+    words = ["--preset", "digits-gaussian-0.25", "--set", "loss.name=brier", "--set", "epochs=1", "--out", tmp_path / "run"]
+    result = run([path], "train", *words, "-q")
+    assert result.exit_code == 0, result.output
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert 0 < line["brier"] < 1  # 0.9 for a network that knows nothing
+    assert re.search(r'^    brier = "my_package:Brier"$', readme, re.M)
