@@ -4,6 +4,8 @@ A plugin is a pydantic model: its fields are its hyper-parameters (type, bounds,
 does the work. Presets validate against the fields, `rscli plugins info KIND NAME` prints them, and the model file records them.
 A plugin is found through an entry point in the group `rscli.<kind>`; the first line of its docstring is its description.
 
+A data set that reads folders takes `class_folders` and `list_images` from here, so that an image is the same thing everywhere.
+
 This module imports no torch, so that listings stay fast; plugins that keep torch out of their module level do the same
 favour to their users.
 
@@ -22,6 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rscli.image_files import (
+    COMMON_SUFFIXES,
+    ImageListing,
+    class_folders,
+    has_images,
+    list_images,
+    loose_images,
+    skipped_text,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +82,11 @@ class Plugin(BaseModel):
     """The field that takes the part behind a slash in a name: `timm/resnet18` sets the field `model` of the plugin `timm`."""
     renamed: ClassVar[Mapping[str, str]] = {}
     """Fields that had other names once, as {old: new}: configurations with the old ones are still read, with a note."""
+
+    @classmethod
+    def offers(cls, name: str) -> bool:  # noqa: ARG003
+        """Whether the field `variant` takes `name`; asked when no plugin has that name, to suggest this one. May be slow."""
+        return False
 
 
 # --- noises ------------------------------------------------------------------------------------------------------------------
@@ -410,6 +427,13 @@ class Architecture(Plugin):
     normalizes: ClassVar[bool] = False
     """Whether the network takes pixels in [0, 1] as they are. If not, the host puts the normalisation of the data in front, as
     a layer."""
+    field_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """What other code calls networks of this kind, with the fields that make them: `{"cifar_resnet110": {"depth": 110}}`."""
+
+    @classmethod
+    def rename(cls, name: str) -> str:
+        """The network's name of a tensor that other code calls `name`, whatever is in front of it; an unknown `name` stays."""
+        return name
 
     def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
         """A freshly initialised network from images of `spec.shape` to `len(spec.class_names)` logits.
@@ -512,12 +536,14 @@ class MemoryImages:
 class FileImages:
     """A split read from disk image by image: `paths` in a fixed order, `labels` int64 (n,).
 
-    `cache`: the split is small; the host reads it once, through the test transform, and holds it in memory.
+    `cache`: the split is small; the host reads it once, through the test transform, and holds it in memory. `note`: a line
+    for the user when the split is opened, such as the `skipped_text` of what was found.
     """
 
     paths: Sequence[Path]
     labels: NDArray[np.int64]
     cache: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -681,6 +707,7 @@ def fields_of(plugin: Plugin) -> Mapping[str, Any]:
 __all__ = [
     "ABSTAIN",
     "API_VERSION",
+    "COMMON_SUFFIXES",
     "KINDS",
     "Architecture",
     "Attack",
@@ -693,6 +720,7 @@ __all__ = [
     "Decision",
     "FileImages",
     "Finding",
+    "ImageListing",
     "LogWriter",
     "Logger",
     "Loss",
@@ -710,6 +738,11 @@ __all__ = [
     "TrainContext",
     "TrainStep",
     "Transform",
+    "class_folders",
     "fields_of",
+    "has_images",
+    "list_images",
+    "loose_images",
+    "skipped_text",
     "unit",
 ]

@@ -14,7 +14,7 @@ from rscli.api import Dataset, Finding
 from rscli.config.presets import list_presets
 from rscli.errors import RscliError
 from rscli.registry import installed, load_entry
-from rscli.runtime.devices import device_name, versions
+from rscli.runtime.devices import device_name, slow_bf16, versions
 
 
 def examine(data_dir: Path) -> dict[str, list[Finding]]:
@@ -50,7 +50,9 @@ def _abilities(kind: str) -> str:
     try:
         small = torch.ones(8, 8, device=kind)
         with torch.autocast(kind, torch.bfloat16):
-            able.append("bf16" if (small @ small).dtype == torch.bfloat16 else "no bf16")
+            works = (small @ small).dtype == torch.bfloat16
+        slow = "slow bf16: emulated, fp32 is faster" if slow_bf16(torch.device(kind)) else "bf16"
+        able.append(slow if works else "no bf16")
     except (RuntimeError, ValueError, TypeError):
         able.append("no bf16")
     able.append("compile" if _compiles(kind) else "no compile")

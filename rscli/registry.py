@@ -69,11 +69,26 @@ class Registry:
             if found:
                 return found[0], variant
         known = [e.name for e in self.entries(kind)] + [f"{e.package}:{e.name}" for e in self.entries(kind)]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        near = self.offering(kind, name) or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise PluginError(
             f"no installed package provides the {kind} plugin {name!r}", f"{hint}`rscli plugins` lists what is there."
         )
+
+    def offering(self, kind: str, name: str) -> list[str]:
+        """The names, with a slash, under which plugins of `kind` offer what is called `name` elsewhere: `timm/resnet18`.
+
+        Imports every plugin of the kind; broken ones offer nothing.
+        """
+        found = []
+        for entry in self.entries(kind):
+            try:
+                plugin = load_entry(entry)
+                if plugin.variant is not None and plugin.offers(name):
+                    found.append(f"{entry.name}/{name}")
+            except Exception:  # somebody else's code, asked on the way to an error of the user's
+                continue
+        return found
 
     def load(self, kind: str, name: str) -> type[Plugin]:
         """The plugin class called `name` (a variant behind a slash is ignored here).

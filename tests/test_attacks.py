@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ from rscli_core.noises.gaussian import Gaussian
 SHAPE = (1, 3, 4)
 PIXELS, CLASSES, BATCH = 12, 4, 6
 ATTACKS = [Pgd, Ddn, GradientFree]
+ORDERS = ["before-projection", "after-projection"]
 Array = NDArray[np.float64]
 
 
@@ -39,7 +44,7 @@ def a_step(m: int, *, scale: float = 1.0, sigma: float = 0.3, seed: int = 0, dty
     )
 
 
-def build(attack: type[Attack], **fields: float) -> Attack:
+def build(attack: type[Attack], **fields: Any) -> Attack:
     return attack(**{"epsilon": 0.7, "steps": 5, **fields})
 
 
@@ -80,12 +85,18 @@ class ByHand:
         return self.x + d * min(1, epsilon / max(np.linalg.norm(d), 1e-300))
 
 
-def stepwise(case: ByHand, kind: type[Attack], epsilon: float, steps: int) -> Array:
+def clamped_last(case: ByHand, moved: Array, epsilon: float) -> Array:
+    d = moved - case.x
+    return np.clip(case.x + d * min(1, epsilon / max(np.linalg.norm(d), 1e-300)), 0, 1)
+
+
+def stepwise(case: ByHand, kind: type[Attack], epsilon: float, steps: int, clamp: str = "before-projection") -> Array:
     """PGD, or its variant without gradients."""
+    back = case.back if clamp == "before-projection" else partial(clamped_last, case)
     x = case.x
     for _ in range(steps):
         g = case.gradient(x) if kind is Pgd else case.hurting_noise(x)
-        x = case.back(x + 2 * epsilon / steps * g / (np.linalg.norm(g) + 1e-8), epsilon)
+        x = back(x + 2 * epsilon / steps * g / (np.linalg.norm(g) + 1e-8), epsilon)
     return x
 
 
@@ -106,10 +117,11 @@ def decoupled(case: ByHand, epsilon: float, steps: int, gamma: float, levels: in
 
 @pytest.mark.parametrize(("kind", "m"), [(Pgd, 1), (Pgd, 2), (Pgd, 5), (GradientFree, 2), (GradientFree, 5)])
 @pytest.mark.parametrize(("epsilon", "steps"), [(0.3, 1), (0.5, 4), (2.0, 10)])
-def test_stepwise_attacks_agree_with_numpy(kind: type[Attack], epsilon: float, steps: int, m: int) -> None:
+@pytest.mark.parametrize("clamp", ORDERS)
+def test_stepwise_attacks_agree_with_numpy(kind: type[Attack], epsilon: float, steps: int, m: int, clamp: str) -> None:
     step = a_step(m)
-    moved = kind(epsilon=epsilon, steps=steps).perturb(step).images
-    wanted = [stepwise(ByHand(step, i), kind, epsilon, steps) for i in range(BATCH)]
+    moved = kind(epsilon=epsilon, steps=steps, clamp=clamp).perturb(step).images
+    wanted = [stepwise(ByHand(step, i), kind, epsilon, steps, clamp) for i in range(BATCH)]
     np.testing.assert_allclose(moved.flatten(1), wanted, rtol=0, atol=1e-10)
     assert (moved != step.images).any()
 
@@ -209,6 +221,37 @@ def test_pgd_lowers_the_smoothed_probability() -> None:
 
     before, after = p_y(step.images), p_y(Pgd(epsilon=0.5, steps=10).perturb(step).images)
     assert (after < before).all()
+
+
+@pytest.mark.parametrize("kind", [Pgd, GradientFree])
+def test_the_order_of_salman_is_the_default(kind: type[Attack]) -> None:
+    step = a_step(4)
+    assert torch.equal(build(kind).perturb(step), build(kind, clamp=ORDERS[0]).perturb(step))
+    assert not torch.equal(build(kind).perturb(step), build(kind, clamp=ORDERS[1]).perturb(step))
+
+
+def test_on_mnist_clamping_last_leaves_shorter_perturbations_and_longer_ones_with_more_steps(shared: Path) -> None:
+    """Measured on the two codes, on a trained network: .996 always; and .942, .979, .988, .994 after 1, 2, 4, 10 steps."""
+    folder, names = shared / "data/mnist", ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+    pixels, labels = (np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8) for name in names)
+    images = torch.from_numpy(pixels[16:].reshape(-1, 1, 28, 28)[:64].copy()).double() / 255
+    answers = torch.from_numpy(labels[8:][:64].astype(np.int64))
+    random = torch.Generator().manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, dtype=torch.float64)).requires_grad_(False).eval()
+    noise = 0.25 * torch.randn((2, *images.shape), generator=random, dtype=torch.float64)
+    step = TrainStep(network, images, answers, noise, 0.25, 1000, 0, random)
+
+    def mean_length(steps: int, clamp: str) -> float:
+        moved = Pgd(epsilon=255 / 256, steps=steps, clamp=clamp).perturb(step)
+        assert moved.min() >= 0
+        assert moved.max() <= 1
+        return float((moved - images).flatten(1).norm(dim=1).mean())
+
+    salman = [mean_length(steps, ORDERS[0]) for steps in (1, 2, 4, 10)]
+    jeong = [mean_length(steps, ORDERS[1]) for steps in (1, 2, 4, 10)]
+    assert salman == pytest.approx([255 / 256] * 4, abs=2e-3)
+    assert jeong == sorted(jeong)
+    assert all(0.6 < late < early - 5e-4 for late, early in zip(jeong, salman, strict=True))
 
 
 def test_the_gradient_free_direction_approaches_the_gradient_with_many_copies() -> None:

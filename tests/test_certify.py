@@ -435,7 +435,7 @@ def test_the_protocol_records_what_the_rows_rest_on(model, whole):
     import hashlib
 
     protocol = json.loads(protocol_path(whole).read_text())
-    known = {"format": 1, "dataset": "digits", "split": "test", "sigma": SIGMA, "n0": N0, "n": N, "alpha": ALPHA, "seed": 0}
+    known = {"format": 2, "dataset": "digits", "split": "test", "sigma": SIGMA, "n0": N0, "n": N, "alpha": ALPHA, "seed": 0}
     assert {key: protocol[key] for key in known} == known
     assert protocol["model_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     assert protocol["certifier"]["name"] == "cohen"

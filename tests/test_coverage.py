@@ -17,9 +17,9 @@ from scipy.stats import binom, norm
 
 from rscli.api import ABSTAIN, Certifier, Plan, Question
 from rscli.registry import installed
+from rscli.results.radius import certified_radius
 from rscli.sampling.requests import CertifierInquiry
 from rscli.sampling.sampler import Sampler
-from rscli.smoothing.radii import certified_radius
 from rscli.stats.sequential import look_schedule
 from rscli_core.certifiers.cohen import fixed_n_decision
 

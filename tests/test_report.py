@@ -406,7 +406,6 @@ def test_a_plot_says_that_between_given_radii_it_shows_a_bound(tmp_path):
         ("sequential", "early", 0.2, 0.0, True),
         ("sequential", "futility", 0.001, 0.5, False),
         ("cohen", "early_abstain", False, True, False),
-        ("cohen", "package", "rscli", "another", False),
         ("of-another-package", "loss", 1, 2, False),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -421,6 +420,14 @@ def test_settings_of_one_certifier_that_differ(tmp_path, name, key, ours, theirs
         compared(*paths)
     assert said in caught.value.message
     assert compared(*paths, allow_different=True).notes == (f"figures are not comparable: {said}",)
+
+
+def test_the_same_certifier_of_another_package_is_told_and_its_rows_are_not_recomputed(tmp_path):
+    paths = [write(tmp_path / f"{i}.tsv", certifier={"name": "cohen", "package": i}) for i in ("first", "second")]
+    notes = compared(*paths).notes
+    assert notes[-1] == "package of cohen: first (first); second (second)"
+    assert all("its rows are not recomputed" in note and "no installed package provides" in note for note in notes[:-1])
+    assert len(notes) == 3
 
 
 def test_settings_that_an_older_protocol_lacks_are_unknown(tmp_path):
@@ -438,8 +445,10 @@ def test_settings_are_compared_among_runs_of_one_certifier(tmp_path):
 
 
 def test_what_a_protocol_tells_of_the_certifier_twice_is_compared_once(tmp_path):
-    paths = [write(tmp_path / f"{n}.tsv", n=n, certifier={"name": "cohen", "n": n, "n0": n, "alpha": 0.1}) for n in (10, 20)]
-    assert compared(*paths, allow_different=True).notes == ("figures are not comparable: n: 10 (10); 20 (20)",)
+    paths = [
+        write(tmp_path / f"{n}.tsv", n=n, certifier={"name": "cohen", "n": n, "n0": n, "alpha": 0.1}) for n in (1000, 2000)
+    ]
+    assert compared(*paths, allow_different=True).notes == ("figures are not comparable: n: 1000 (1000); 2000 (2000)",)
 
 
 # --- names ---

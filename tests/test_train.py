@@ -21,6 +21,7 @@ from rscli.errors import InputError, PluginError, RscliError, Stopped
 from rscli.models.modelfile import load_model
 from rscli.registry import installed
 from rscli.runtime.progress import Silent
+from rscli.runtime.signals import STOPPING
 from rscli.training.minimum_batch import check_single_image_batches
 from rscli.training.train import TrainOptions, outlook, train
 from rscli.training.trainer import Trainer, attacked
@@ -97,8 +98,13 @@ def test_another_seed_gives_another_model(uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(
     ("after", "number", "code"),
-    [(1, signal.SIGTERM, 75), (6, signal.SIGINT, 130), (9, signal.SIGTERM, 75)],
-    ids=["first-batch", "end-of-an-epoch", "second-epoch"],
+    [
+        (1, signal.SIGTERM, 75),
+        (6, signal.SIGINT, 130),
+        (9, signal.SIGTERM, 75),
+        *((7, number, 75) for number in STOPPING if number not in (signal.SIGTERM, signal.SIGINT)),
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else str(value),
 )
 def test_a_stopped_run_resumes_to_the_same_bits(uninterrupted, tmp_path, after, number, code):
     folder = tmp_path / "run"
@@ -179,6 +185,7 @@ def test_a_checkpoint_that_somebody_edited_is_refused_in_one_message(uninterrupt
     shutil.copytree(uninterrupted, folder)
     (folder / "model.safetensors").unlink()
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state = {**{key: value for key, value in state.items() if key not in ("digest", "data")}, "format": 1}  # an older version's
     change, said = EDITS[edit]
     torch.save(change(state), folder / "checkpoint.pt")
     before = (folder / "checkpoint.pt").read_bytes()

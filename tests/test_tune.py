@@ -441,7 +441,7 @@ def test_whether_a_run_takes_hours_is_asked_of_each_process(world, tried, model,
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_waits_for_the_trial_or_the_start_of_another_can_be_stopped(rank, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(certifying, "join", lambda: Together(torch.distributed.HashStore(), rank, 2))
+    monkeypatch.setattr(certifying, "join", lambda *_: Together(torch.distributed.HashStore(), rank, 2))
     stop = StopRequest()
     stop.requested = True
     with pytest.raises(Stopped, match="waiting for the other"):

@@ -5,6 +5,7 @@ Nothing slow is imported above: `main` is to hear Ctrl-C before the rest of the 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from typing import Any
@@ -17,6 +18,7 @@ def main() -> None:
     """Runs the command line and exits: with the command's code, or with that of a signal or a stream that does not work."""
     with interrupts.heard():
         streams.secure()
+        faulthandler.enable(2)  # a crash in native code says in which signal it ended, and where
         from rscli.cli import boundary
         from rscli.cli.commands import app
 

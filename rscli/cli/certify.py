@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,6 +96,7 @@ def certify(
     from rscli.cli.output import emit_json, listener
     from rscli.registry import installed
     from rscli.report.tables import acr_text
+    from rscli.runtime.torchrun import launched
     from rscli.sampling.options import SamplingOptions
     from rscli.smoothing.certify import CertifyOptions
     from rscli.smoothing.certify import certify as run
@@ -105,7 +105,7 @@ def certify(
     name = certifier or installed().default("certifiers")
     settings = _settings(sets or [], name, path)
     selection = {} if n0 is None else {"n0": n0}
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; it speaks for all
+    first = launched().rank == 0  # of the processes that torchrun started; it speaks for all
     progress = listener(quiet or not first)
     tally = run(
         CertifyOptions(
@@ -132,6 +132,7 @@ def certify(
             sampling=SamplingOptions(device, batch, precision, channels_last, seed, autotune, compile),
         ),
         progress,
+        listener(quiet).note,
     )
     at = f" (both at radius {tally.at_radius!r})" if tally.at_radius else ""
     progress.note(

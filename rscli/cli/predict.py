@@ -50,10 +50,11 @@ def predict(
 
     usual = {"name": installed().default("certifiers"), "n": n, "n0": n0, "alpha": alpha}
     rule = build_certifier(usual) if certify else vote(n, alpha)
-    loaded, paths = load_model(model_path(model)), find_images(images)
+    progress = listener(quiet)
+    loaded, paths = load_model(model_path(model)), find_images(images, progress)
     sampling = SamplingOptions(device=device, batch=batch, precision=precision, channels_last=channels_last, seed=seed)
     found = []
-    for prediction in run(loaded, paths, rule, sampling, listener(quiet)):
+    for prediction in run(loaded, paths, rule, sampling, progress):
         found.append(prediction)
         if json:
             emit_json_line(_plain(prediction, loaded.noise.norm))

@@ -32,7 +32,10 @@ def train(
     ] = None,
     data_dir: opt.DataDir = opt.DATA_DIR,
     device: opt.Device = "auto",
-    channels_last: opt.ChannelsLast = True,
+    channels_last: Annotated[
+        bool | None,
+        typer.Option("--channels-last/--contiguous", help="Memory layout.  [default: channels-last, where that is safe]"),
+    ] = None,
     workers: opt.Workers = opt.WORKERS,
     download: opt.Download = False,
     resume: opt.Resume = False,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,11 @@ from torch.utils import data as torch_data
 from rscli.api import Augmentation, Dataset, DataSpec, FileImages, MemoryImages, Transform
 from rscli.data.transforms import Moves, apply_moves, augment, draw_moves, load_image, load_resized_crop, moves_images
 from rscli.errors import InputError, PluginError
+from rscli.runtime.readers import read, stay_in_the_background
 from rscli.runtime.seeds import derive, generator
 
+SAMPLED = 1024
+"""Files whose bytes are looked at, to see whether the images are still the same."""
 CACHE_CHUNK = 256
 """Images that a worker decodes at a time when a split of files is brought into memory."""
 
@@ -43,7 +46,9 @@ def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, down
         return MemorySplit(found.images, found.labels, spec)
     files = FileSplit(found.paths, found.labels, spec, workers=workers)
     cache = found.cache and not spec.augmentation.resized_crop
-    return files.in_memory() if cache else files
+    opened: Split = files.in_memory() if cache else files
+    opened.note = found.note
+    return opened
 
 
 class Batch(NamedTuple):
@@ -66,6 +71,8 @@ class Split(ABC):
         self.labels = labels
         """int64 (n,)"""
         self.spec = spec
+        self.note = ""
+        """What the data set has to say of the split, for the user to read once."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,13 +86,17 @@ class Split(ABC):
         """A SHA-256 (hex) that tells this split from another: the same images in the same order have the same one."""
 
     @abstractmethod
+    def content(self) -> str:
+        """A SHA-256 (hex) of the pixels; of a split that stays in files, of `SAMPLED` of them, evenly spread, or of all."""
+
+    @abstractmethod
     def image(self, index: int) -> Tensor:
         """Image `index` under the test transform: float32 (channel, height, width) in [0, 1], on the CPU."""
 
     @abstractmethod
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """The augmented training batches of an epoch, on `device`.
 
         Every image comes once, in an order that depends on `seed` and `epoch` alone. The first `start` batches are skipped
@@ -129,6 +140,10 @@ class MemorySplit(Split):
         """The hash of the shape, the pixels and the labels; of the files, where they came from files."""
         return self._known_fingerprint or self._pixel_fingerprint
 
+    def content(self) -> str:
+        """The hash of the shape, the pixels and the labels."""
+        return self._pixel_fingerprint
+
     @cached_property
     def _pixel_fingerprint(self) -> str:
         return _digest(str(tuple(self._images.shape)).encode(), self._images.numpy().data, _label_bytes(self.labels))
@@ -139,7 +154,7 @@ class MemorySplit(Split):
 
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """See `Split.batches`. Augmentations are keyed by the batch's number."""
         images, labels = self._on(torch.device(device))
         change = self.spec.augmentation
@@ -176,6 +191,16 @@ class FileSplit(Split):
         """The hash of the labels, sizes and paths of the files, the paths below their common folder (so that it can move)."""
         return self._file_fingerprint
 
+    def content(self) -> str:
+        """The hash of the bytes of evenly spaced files. Raises `InputError`, naming the file, if one cannot be read."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
+        return _digest(
+            *(_bytes_digest(self.path(i)) for i in np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).astype(int))
+        )
+
     @cached_property
     def _file_fingerprint(self) -> str:
         paths = [self.path(i) for i in range(len(self))]
@@ -192,38 +217,41 @@ class FileSplit(Split):
 
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """See `Split.batches`. Augmentations are keyed by the image's index."""
         device = torch.device(device)
         parts = self._parts(seed=seed, epoch=epoch, batch=batch, start=start, rank=rank, world=world)
         reader = _Reader(self._paths, self.spec.test_transform, self.spec.augmentation, (seed, "augment", epoch))
-        pixels = self._read(reader, [part.indices.numpy() for part in parts], pin=device.type == "cuda")
-        for part, images in zip(parts, pixels, strict=True):
-            labels = torch.from_numpy(self.labels[part.indices.numpy()])
-            yield Batch(to_unit(images.to(device, non_blocking=True)), labels.to(device), part.indices)
+        wanted = [part.indices.numpy() for part in parts]
+        with closing(self._read(reader, wanted, pin=device.type == "cuda")) as pixels:
+            for part, images in zip(parts, pixels, strict=True):
+                labels = torch.from_numpy(self.labels[part.indices.numpy()])
+                yield Batch(to_unit(images.to(device, non_blocking=True)), labels.to(device), part.indices)
 
     def in_memory(self) -> MemorySplit:
         """The same split, every file decoded now with the test transform. Raises `InputError`, naming one that is broken."""
         images = np.empty((len(self), *self.spec.shape), np.uint8)
         chunks = [np.arange(at, min(at + CACHE_CHUNK, len(self))) for at in range(0, len(self), CACHE_CHUNK)]
-        for rows, pixels in zip(chunks, self._read(_Reader(self._paths, self.spec.test_transform), chunks), strict=True):
-            images[rows] = pixels.numpy()
+        with closing(self._read(_Reader(self._paths, self.spec.test_transform), chunks)) as decoded:
+            for rows, pixels in zip(chunks, decoded, strict=True):
+                images[rows] = pixels.numpy()
         return MemorySplit(images, self.labels, self.spec, fingerprint=self.fingerprint())
 
-    def _read(self, reader: _Reader, wanted: list[NDArray[np.int64]], *, pin: bool = False) -> Iterator[Tensor]:
+    def _read(self, reader: _Reader, wanted: list[NDArray[np.int64]], *, pin: bool = False) -> Generator[Tensor]:
         loader = torch_data.DataLoader(
             reader,
             sampler=wanted,  # every item is a whole batch: its images' indices
             batch_size=None,
             num_workers=self._workers,
             pin_memory=pin,
-            worker_init_fn=_leave_interrupts_to_the_parent,
+            worker_init_fn=stay_in_the_background,
             generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
         )
-        for images in loader:
-            if isinstance(images, InputError):
-                raise images
-            yield images
+        with closing(read(loader)) as found:
+            for images in found:
+                if isinstance(images, InputError):
+                    raise images
+                yield images
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -267,20 +295,24 @@ class _Reader(torch_data.Dataset[Tensor | InputError]):
         return augment(image[None], self.augmentation, generator("cpu", seed, purpose, epoch, index))[0]
 
 
-def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    # Ctrl-C, and the SIGTERM of many schedulers, reach every process of the group; the parent may want to finish its step,
-    # and ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def _path(paths: NDArray[np.bytes_], index: int) -> Path:
     return Path(os.fsdecode(bytes(paths[index])))
 
 
 def _size(path: Path) -> int:
-    try:
+    with _reading(path):
         return path.stat().st_size
+
+
+def _bytes_digest(path: Path) -> bytes:
+    with _reading(path):
+        return hashlib.sha256(path.read_bytes()).digest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as cause:
         raise InputError(f"cannot read the image {path}: {cause.strerror}", "Restore the file.") from cause
 

@@ -37,8 +37,8 @@ class Summary:
     `norm` is that of its radii: L2 where the file does not tell, as in all that was written before rscli recorded it. `acr`
     is a `lower_bound` if the certifier decided given radii only. If 0 is none of them, `abstained` counts the images
     without a certificate at the smallest, which is an upper bound (`abstained_upper_bound`). `largest` is the largest radius
-    certified for a right answer, `seconds` the sum of the times of all images, `may_be_wrong` how many of all certificates may
-    be wrong, at confidence 1 - RHO.
+    certified for a right answer, `seconds` the sum of the times of all images (None if the file does not say all), and
+    `may_be_wrong` how many of all certificates may be wrong, at confidence 1 - RHO.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Summary:
     abstained_upper_bound: bool
     saturated: int | None
     samples: int | None
-    seconds: float
+    seconds: float | None
     may_be_wrong: int | None
 
 

@@ -60,7 +60,7 @@ def summarise(run: Results, radii: Sequence[float]) -> Summary:
         abstained_upper_bound=bool(undecided(run, [0.0])),
         saturated=None if run.saturated is None else int(run.saturated.sum()),
         samples=samples,
-        seconds=float(run.seconds.sum()),
+        seconds=None if np.isnan(run.seconds).any() else float(run.seconds.sum()),
         may_be_wrong=None if alpha is None else metrics.wrong_certificates(images, alpha, RHO),
     )
 

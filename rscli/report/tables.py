@@ -232,7 +232,7 @@ def _protocol(comparison: Comparison) -> Table:
         "largest radius": lambda s: f"{metrics.round_down(s.largest, 3):.3f}",
         "may be wrong": lambda s: "" if s.may_be_wrong is None else f"≤ {s.may_be_wrong}",
         "samples": lambda s: _known(s.samples, ","),
-        "time": lambda s: str(timedelta(seconds=round(s.seconds))),
+        "time": lambda s: "" if s.seconds is None else str(timedelta(seconds=round(s.seconds))),
     }
     return Table(
         title="What the figures rest on",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rscli.errors import InputError
+from rscli.runtime.torchrun import local_rank
 
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""What Linux calls the instructions: the first two on x86, the last on ARM."""
 PRECISIONS = ("fp32", "tf32", "bf16")
 PACKAGES = ("rscli", "torch", "torchvision", "timm", "numpy", "scipy", "pydantic", "safetensors", "scikit-learn", "matplotlib")
 
@@ -29,7 +33,7 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and torch.cuda.is_available():
-            own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            own = local_rank() % torch.cuda.device_count()
             device = torch.device("cuda", own if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
@@ -55,6 +59,17 @@ def precision_scope(precision: str, device: torch.device) -> AbstractContextMana
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def slow_bf16(device: torch.device) -> bool:
+    """Whether `device` has no instructions for bf16 and emulates them, which is many times slower than fp32."""
+    if device.type != "cpu":
+        return False
+    try:
+        flags = set(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:  # not Linux
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # also true of some that emulate them
+    return not flags & BF16_FLAGS
 
 
 def memory_layout(channels_last: bool) -> torch.memory_format:

@@ -87,7 +87,7 @@ def read_json(path: Path, what: str) -> Any:
 
 def _bounded_json(path: Path) -> Any:
     check_size(path, LARGEST_JSON)
-    return decode_json(path.read_text(encoding="utf-8"))
+    return decode_json(path.read_text(encoding="utf-8-sig"))
 
 
 def _reading(path: Path, what: str, read: Callable[[], Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from rscli.errors import InputError, RscliError, Stopped
 from rscli.models.modelfile import ModelCard, card_of, load_model
 from rscli.models.smoothed import Smoothed
 from rscli.registry import installed
-from rscli.results.protocol import protocol_path, read_protocol
+from rscli.results.protocol import FORMAT, protocol_path, read_protocol
 from rscli.results.shards import part_path, parts_of, union
 from rscli.results.writer import ResultWriter
 from rscli.runtime.devices import environment
@@ -86,24 +87,27 @@ def build_certifier(section: dict[str, Any]) -> Certifier:
     return certifier
 
 
-def certify(options: CertifyOptions, progress: Progress) -> Tally:
+def certify(options: CertifyOptions, progress: Progress, waiting: Callable[[str], None] | None = None) -> Tally:
     """Certifies, or continues a run, and returns its tally; started by torchrun, does so together with the other processes.
+
+    `waiting` is told if those are long in coming (None: `progress` is): every process may have to say so, not the first alone.
 
     Raises `InputError` for a model, data, options or a result file that do not fit, and `Stopped` when asked to stop (all
     decided images are saved).
     """
     with stop_requests() as stop:
-        return _certify(options, progress, stop)
+        return _certify(options, progress, stop, join(waiting or progress.note, stop))
 
 
-def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest) -> Tally:
-    ranks = join()
+def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest, ranks: Ranks) -> Tally:
     if ranks.rank == 0 and not options.resume:
         _refuse_to_overwrite(options)
     model = load_model(options.model)
     certifier = build_certifier(options.certifier)
     options = replace(options, radii=decided_radii(certifier, model.noise, options.radii))
     split = _open(card_of(model), options)
+    if split.note and ranks.rank == 0:
+        progress.warn(split.note)
     wanted = _wanted(options, len(split))
     images = Images(model, certifier, split.image, options.radii, split.labels.__getitem__ if options.labels else None)
     sampler, protocol = _prepare(model, images, split, options, ranks, progress, stop, wanted)
@@ -160,7 +164,7 @@ class _Run:
         self.writer.close()
         self.ranks.meet("done", self.stop)
         if merge and self.ranks.rank == 0:
-            missing = set(wanted) - {row.idx for row in union(self.writer.path, self.writer.rows)}
+            missing = set(wanted) - {row.idx for row in union(self.writer.path, self.writer.rows, self.writer.protocol)}
             if missing:
                 hint = "All processes must write to one folder: use an --out that they share, then --resume."
                 raise RscliError(f"{len(missing)} images are in no part beside {self.writer.path}", hint)
@@ -303,7 +307,7 @@ def _protocol(
     card, sampling = card_of(model), options.sampling
     origin = installed().provenance("certifiers", options.certifier["name"])
     return {
-        "format": 1,
+        "format": FORMAT,
         "model_sha256": model.source.sha256 if model.source else None,
         "dataset": card.data["name"],
         "split": options.split,
@@ -345,6 +349,9 @@ def _protocol(
             "lanes": choice.lanes,
             "trial": choice.speed is not None,
             "compile": choice.compiled,
+            "classes": len(card.spec.class_names),
+            "images": len(split),
+            "certifier_version": origin.version,
             **environment(sampler.device),
         },
     }

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rscli.api import Certificate, Certifier, Question
 from rscli.models.smoothed import Smoothed
+from rscli.results.radius import certified_radius
 from rscli.results.rows import Row
 from rscli.sampling.requests import CertifierInquiry, Inquiry
-from rscli.smoothing.radii import certified_radius
 
 
 class Images:

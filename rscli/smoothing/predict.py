@@ -12,20 +12,20 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from rscli import image_files
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
 from rscli.data.splits import to_unit
 from rscli.data.transforms import load_image
 from rscli.errors import InputError, Stopped
 from rscli.models.smoothed import Smoothed
+from rscli.results.radius import certified_radius
 from rscli.runtime.progress import Progress
 from rscli.runtime.seeds import derive
 from rscli.runtime.signals import stop_requests
 from rscli.sampling.options import SamplingOptions, Work
 from rscli.sampling.requests import CertifierInquiry, Inquiry
-from rscli.smoothing.radii import certified_radius
 from rscli.stats.bounds import smallest_n_for, top_two_p_value
 
 
@@ -80,28 +80,20 @@ def image_key(pixels: Tensor) -> int:
     return derive(0, "image", hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest())
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files among `paths`, folders searched to the bottom, in sorted order; files are taken whatever their name.
+def find_images(paths: Sequence[Path], progress: Progress) -> list[Path]:
+    """The images among `paths`, folders searched to the bottom; files are taken whatever their suffix, and each once.
 
-    Raises `InputError` for a path that does not exist, or if there is no image at all.
+    What a folder holds is an image by the rule of `rscli.image_files`; what was skipped is counted in a warning. Raises
+    `InputError` for a path that does not exist, or if there is no image at all.
     """
-    found: list[Path] = []
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    for path in paths:
-        if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
-        elif path.is_file():
-            found.append(path)
-        elif path.exists():
-            raise InputError(f"{path} is neither a file nor a folder")
-        else:
-            raise InputError(f"there is no image or folder {path}")
-    if not found:
-        raise InputError(
-            f"no images in {', '.join(map(str, paths))}",
-            "Folders are searched for what Pillow can open: .png, .jpg, .bmp, .gif, .webp, .tif, ...",
-        )
-    return found
+    found = image_files.find_images(paths)
+    skipped = image_files.skipped_text(found.skipped)
+    if not found.paths:
+        hint = f"Folders are searched for {image_files.COMMON_SUFFIXES} files, and some more."
+        raise InputError(f"no images in {', '.join(map(str, paths))}{f': {skipped}' if skipped else ''}", hint)
+    if skipped:
+        progress.warn(skipped)
+    return list(found.paths)
 
 
 def vote(n: int, alpha: float) -> MajorityVote:

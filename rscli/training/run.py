@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -87,14 +87,16 @@ class TrainingRun(Run):
         trainer, progress = self.trainer, self.progress
         began, first, speed = time.monotonic(), trainer.meter.images, 0.0
         self._line = {}
-        for _ in trainer.epoch_batches():
-            speed = (trainer.meter.images - first) / max(time.monotonic() - began, 1e-9)
-            done = trainer.epoch * trainer.batches + trainer.batch
-            progress.update(done, {"epoch": str(trainer.epoch + 1), **trainer.meter.figures(), "images/s": f"{speed:.0f}"})
-            if trainer.batch < trainer.batches:
-                self._save_if_wanted()
-                if self.stop.requested:
-                    self._end_here()
+        with closing(trainer.epoch_batches()) as batches:
+            for _ in batches:
+                speed = (trainer.meter.images - first) / max(time.monotonic() - began, 1e-9)
+                done = trainer.epoch * trainer.batches + trainer.batch
+                figures = {"epoch": str(trainer.epoch + 1), **trainer.meter.figures(), "images/s": f"{speed:.0f}"}
+                progress.update(done, figures)
+                if trainer.batch < trainer.batches:
+                    self._save_if_wanted()
+                    if self.stop.requested:
+                        self._end_here()
         line = {"epoch": trainer.epoch + 1, "lr": trainer.last_lr, **trainer.meter.means()}
         trainer.epoch, trainer.batch, trainer.meter = trainer.epoch + 1, 0, Meter()
         self._call("after_epoch")

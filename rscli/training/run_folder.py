@@ -3,12 +3,16 @@
 config.json        the resolved configuration, with the source of every value
 environment.json   versions, device, threads
 metrics.jsonl      one line an epoch
+running.txt        while a process trains here, and after one that was killed or crashed: what to do then
 checkpoint.pt      where the run is: weights, optimiser, position; replaced after every epoch and when the run is stopped
 model.safetensors  the finished model
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,10 +25,14 @@ from rscli.config.layers import rebuild
 from rscli.config.schema import GROUPS
 from rscli.config.settings import changes
 from rscli.errors import InputError, RscliError
-from rscli.runtime.files import read_json, replacing, write_json
-from rscli.training.checkpoint import check_position, remedy
+from rscli.runtime.files import read_json, replacing, write_json, write_text
+from rscli.runtime.progress import Progress
+from rscli.training.checkpoint import check_data, check_position, check_seal, remedy, seal
 
-CHECKPOINT_FORMAT = 1
+IF_IT_CRASHED = (
+    "After a crash in native code (exit code 134 or 139), try --contiguous, --workers 0, or another version of torch; "
+    "killed without a word (137), it was probably out of memory."
+)
 
 
 @dataclass(frozen=True)
@@ -53,15 +61,23 @@ class RunFolder:
         """The finished model."""
         return self.path / "model.safetensors"
 
+    @property
+    def running(self) -> Path:
+        """The mark of a process that trains here."""
+        return self.path / "running.txt"
+
     def files(self) -> list[Path]:
         """Every file that a run writes here."""
         return [self.config, self.path / "environment.json", self.metrics, self.checkpoint, self.model]
 
-    def begin(self, config: dict[str, Any], environment: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    def begin(
+        self, config: dict[str, Any], environment: dict[str, Any], data: dict[str, Any], *, resume: bool
+    ) -> dict[str, Any] | None:
         """Opens the folder; returns the checkpoint to go on from, or None for a fresh start.
 
-        `config` is {"config": ..., "sources": ..., "plugin_files": ...}. Raises `InputError` if there is a run already and
-        `resume` is not asked for, or the run there has another configuration (naming the differences).
+        `config` is {"config": ..., "sources": ..., "plugin_files": ...}, `data` what `training_data` says. Raises `InputError`
+        if there is a run already and `resume` is not asked for, if the run there has another configuration or other data
+        (naming the differences), or if its checkpoint is damaged.
         """
         if not self.config.exists():
             if self.path.is_file():
@@ -80,28 +96,39 @@ class RunFolder:
         if not self.checkpoint.exists():
             self._start(config, environment)
             return None
-        return self.load()
+        state = self.load()
+        check_data(state.get("data"), data, self.checkpoint)
+        return state
+
+    @contextmanager
+    def at_work(self, progress: Progress) -> Iterator[None]:
+        """While the body runs, the folder says that this process trains here; notes it if the one before has left no word."""
+        if self.running.exists():
+            progress.note(f"the run before was killed, or crashed. {IF_IT_CRASHED}")
+        word = "If it is gone, it was killed, or crashed: go on with --resume."
+        write_text(self.running, f"Process {os.getpid()} trains here. {word} {IF_IT_CRASHED}\n")
+        try:
+            yield
+        finally:
+            self.running.unlink(missing_ok=True)
 
     def save(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint. Raises `RscliError` if there is no room for it; the one before is kept."""
         content = BytesIO()  # writing to the disk itself, torch would say of a full one only that a position is unexpected
-        torch.save({"format": CHECKPOINT_FORMAT, **state}, content)
+        torch.save(seal(state), content)
         with replacing(self.checkpoint) as beside:
             beside.write_bytes(content.getbuffer())
 
     def load(self) -> dict[str, Any]:
         """The checkpoint, tensors on the CPU. Raises `InputError` if it is broken; never runs code from the file."""
-        hint = remedy(self.checkpoint)
         try:
-            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            loaded = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as cause:  # torch raises many kinds for a broken file
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             if isinstance(cause, UnpicklingError):  # torch would advise to load it all the same
                 reason = "it is damaged, or holds more than tensors and plain values"
-            raise InputError(f"the checkpoint {self.checkpoint} cannot be read: {reason}", hint) from cause
-        needed = {"epoch", "batch", "model", "optimizer", "meter"}
-        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT or not needed <= set(state):
-            raise InputError(f"{self.checkpoint} is not a checkpoint of this version of rscli", hint)
+            raise InputError(f"the checkpoint {self.checkpoint} cannot be read: {reason}", remedy(self.checkpoint)) from cause
+        state = check_seal(loaded, self.checkpoint)
         check_position(state, self.checkpoint)
         return state
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from rscli.runtime.devices import environment, pick_device
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest, stop_requests
+from rscli.runtime.torchrun import world_size
 from rscli.training.checkpoint import fitting
 from rscli.training.context import SetupContext
 from rscli.training.minimum_batch import check_single_image_batches
@@ -43,7 +43,7 @@ class TrainOptions:
     data_dir: Path
     device: str = "auto"
     workers: int = 4
-    channels_last: bool = True
+    channels_last: bool | None = None
     resume: bool = False
     download: bool = False
 
@@ -90,7 +90,7 @@ def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path
     Raises `InputError` for data or a run folder that do not fit, `Stopped` when asked to stop (the state is saved), and
     `RscliError` when the loss is no longer finite.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         hint = "Start it without torchrun. Certification is what torchrun can share between processes."
         raise InputError("rscli train runs in one process", hint)
     with stop_requests() as stop:
@@ -105,12 +105,14 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     device = pick_device(options.device)
     spec = resolved.dataset.spec(options.data_dir)
     split = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)
+    if split.note:
+        progress.warn(split.note)
     trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
     check_single_image_batches(resolved, trainer.classifier, spec, len(split))
     folder = RunFolder(options.out)
     files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
     record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
-    state = folder.begin(record, environment(device), resume=options.resume)
+    state = folder.begin(record, environment(device), trainer.data, resume=options.resume)
     if state is not None and folder.model.exists() and state["epoch"] >= resolved.config.epochs:
         progress.note(f"{folder.model} is finished already")
         return folder.model
@@ -119,12 +121,17 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
         context = SetupContext(split, spec, resolved.noise, device, resolved.config.seed, progress)
         trainer.loss_state = {name: tensor.to(device) for name, tensor in resolved.loss.setup(context).items()}
     else:
+        if "data" not in state:
+            progress.note(f"{folder.checkpoint} is of an older version: whether it is intact, and of this data, cannot be told")
         with fitting(folder.checkpoint):
             trainer.restore(state)
             run.restore(state)
         progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
     size = math.ceil(resolved.config.batch / trainer.chunks)
-    with enough_memory(device, f"a step of {size} images with {resolved.loss.m} noisy copies each", TOO_LARGE):
+    with (
+        folder.at_work(progress),
+        enough_memory(device, f"a step of {size} images with {resolved.loss.m} noisy copies each", TOO_LARGE),
+    ):
         run.complete()
     save_model(folder.model, trainer.classifier, model_card(resolved, spec, trainer.loss_state))
     return folder.model

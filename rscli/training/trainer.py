@@ -6,8 +6,10 @@ stopped between two batches continues exactly where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,9 +20,9 @@ from rscli.config.layers import Resolved
 from rscli.data.splits import Batch, Split
 from rscli.errors import PluginError
 from rscli.models.network import Classifier, build_classifier
-from rscli.runtime.devices import memory_layout
 from rscli.runtime.seeds import derive, generator
-from rscli.training.checkpoint import check_optimizer, check_place, settings_of
+from rscli.training.checkpoint import check_optimizer, check_place, settings_of, training_data
+from rscli.training.layout import training_layout
 from rscli.training.metrics import Meter
 
 
@@ -33,13 +35,16 @@ def initial_classifier(resolved: Resolved, spec: DataSpec) -> Classifier:
 class Trainer:
     """Weights, optimiser and position of a run, and one epoch of it."""
 
-    def __init__(self, resolved: Resolved, spec: DataSpec, split: Split, device: torch.device, *, channels_last: bool) -> None:
+    def __init__(
+        self, resolved: Resolved, spec: DataSpec, split: Split, device: torch.device, *, channels_last: bool | None
+    ) -> None:
         self.resolved, self.config, self.split, self.device = resolved, resolved.config, split, device
         self.chunks = resolved.loss.m if resolved.chunked else 1
-        self.layout = memory_layout(channels_last)
+        classifier = initial_classifier(resolved, spec).to(device)
+        self.layout = training_layout(classifier, device, channels_last)
         if device.type == "cuda":
             torch.backends.cudnn.deterministic = True
-        self.classifier = initial_classifier(resolved, spec).to(device).to(memory_format=self.layout)
+        self.classifier = classifier.to(memory_format=self.layout)
         self.optimizer = resolved.optimizer.build(self.classifier)
         self.batches = split.steps(self.config.batch)
         self.epoch, self.batch = 0, 0
@@ -49,6 +54,11 @@ class Trainer:
         self.after_step: Callable[[], None] = lambda: None
         self.last_lr = 0.0
         """The learning rate of the last optimiser step."""
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """What the run is trained on: see `training_data`."""
+        return training_data(self.split)
 
     @property
     def lr_factor(self) -> float:
@@ -65,6 +75,7 @@ class Trainer:
         return {
             "epoch": self.epoch,
             "batch": self.batch,
+            "data": self.data,
             "model": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "meter": self.meter.state(),
@@ -82,25 +93,29 @@ class Trainer:
         self.meter = Meter(state["meter"])
         self.loss_state = {name: tensor.to(self.device) for name, tensor in state.get("loss", {}).items()}
 
-    def epoch_batches(self) -> Iterator[None]:
+    def epoch_batches(self) -> Generator[None]:
         """Trains the rest of the current epoch; yields after each batch, with `batch` counting it."""
         self.classifier.train()
         batches = self.split.batches(
             seed=self.config.seed, epoch=self.epoch, batch=self.config.batch, device=self.device, start=self.batch
         )
-        for batch in batches:
-            factor, lr = self.lr_factor, self.lr
-            self.last_lr = lr
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1)
-            share = (self.epoch * self.batches + self.batch) / (self.config.epochs * self.batches)
-            position = Position(self.epoch, share, factor)
-            for number, chunk in enumerate(_chunks(batch, self.chunks)):
-                self._step(chunk, number, position, lr)
-            self.batch += 1
-            yield
+        with closing(batches):  # and with it the processes that read, whatever happens here
+            for batch in batches:
+                position = self._next_position()
+                for number, chunk in enumerate(_chunks(batch, self.chunks)):
+                    self._step(chunk, number, position)
+                self.batch += 1
+                yield
 
-    def _step(self, chunk: Batch, number: int, position: Position, lr: float) -> None:
+    def _next_position(self) -> Position:
+        """Where the next batch is in the run; its learning rate is set."""
+        self.last_lr = self.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.last_lr * group.get("lr_scale", 1)
+        share = (self.epoch * self.batches + self.batch) / (self.config.epochs * self.batches)
+        return Position(self.epoch, share, self.lr_factor)
+
+    def _step(self, chunk: Batch, number: int, position: Position) -> None:
         """One optimiser step on a chunk of a batch."""
         key = ("step", self.epoch, self.batch, number)
         torch.manual_seed(derive(self.config.seed, "global", *key))  # dropout and the like
@@ -128,7 +143,7 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         where = f"epoch {self.epoch + 1}, batch {self.batch + 1}, chunk {number + 1}"
-        self.meter.add(terms, loss, step, where=where, lr=lr)
+        self.meter.add(terms, loss, step, where=where, lr=self.last_lr)
         self.after_step()
 
 

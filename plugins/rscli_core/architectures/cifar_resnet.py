@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -20,6 +20,8 @@ class CifarResNet(Architecture):
     on the shortcut where the shape changes, as in the code of Cohen et al. 2019. For (3, 32, 32) and ten classes ResNet-110
     has 1,730,714 parameters and ResNet-20 has 272,474.
     """
+
+    field_names: ClassVar = {"cifar_resnet20": {"depth": 20}, "cifar_resnet110": {"depth": 110}}
 
     depth: int = Field(
         110, ge=8, le=10_000, description="weighted layers: 6 n + 2 for n blocks a stage", json_schema_extra=unit("layers")

@@ -16,7 +16,7 @@ class GradientFree(Ascent):
 
     The gradient of PGD is replaced by 1/m sum_i -softmax f(x + d + delta_i)_y delta_i: up to a factor 1/sigma^2, what m
     samples say of the downward slope of the smoothed probability of y. Steps (shorter where this is below about 1e-8, as in
-    PGD), clipping and projection are those of PGD.
+    PGD), clamping and projection, and their order (`clamp`), are those of PGD.
 
     With one copy it would be the noise itself whatever the model says, so m >= 2 is needed (the authors' code falls back to
     PGD, rscli refuses to begin).

@@ -8,9 +8,22 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rscli.api import Augmentation, Dataset, DataSpec, FileImages, Finding, Transform, unit
+from rscli.api import (
+    COMMON_SUFFIXES,
+    Augmentation,
+    Dataset,
+    DataSpec,
+    FileImages,
+    Finding,
+    Transform,
+    class_folders,
+    has_images,
+    list_images,
+    loose_images,
+    unit,
+)
 from rscli.errors import InputError
-from rscli_core.datasets._folders import class_folders, count, has_images, image_names, list_images, name_some
+from rscli_core.datasets._folders import count, labelled_images, name_some
 
 MEMORY_LIMIT = 2**30
 """With `cache = "auto"`, the decoded images of a split are held in memory up to this many bytes."""
@@ -23,7 +36,10 @@ AUGMENTATIONS = {
 
 
 class ImageFolder(Dataset):
-    """A folder of images: SPLIT/CLASS/IMAGE, with the splits train and test (or val), in any common format."""
+    """A folder of images: SPLIT/CLASS/IMAGE, with the splits train and test (or val), in any common format.
+
+    Images in folders below a class folder belong to the class. Hidden files, and what is no image, are skipped and counted.
+    """
 
     path: str = Field("", description="the folder with the splits: below the data folder, or absolute; empty: the data folder")
     size: int = Field(
@@ -71,7 +87,7 @@ class ImageFolder(Dataset):
             std=self.std,
             test_transform=Transform(channels=self.channels, resize=self.size, crop=(self.size, self.size)),
             augmentation=AUGMENTATIONS[self.augment],
-            sizes={name: sum(len(image_names(self._find(name, home) / each)) for each in classes) for name in splits},
+            sizes={name: sum(len(list_images(self._find(name, home) / each).paths) for each in classes) for name in splits},
         )
 
     def load(self, split: str, root: Path, *, download: bool = False) -> FileImages:
@@ -90,7 +106,7 @@ class ImageFolder(Dataset):
         if unknown := sorted(set(class_folders(folder)) - set(classes)):
             hint = f"Remove them from {folder}, or add them to {train}."
             raise InputError(f"{folder} has classes that train/ does not have: {name_some(unknown)}", hint)
-        files = list_images(folder, classes)
+        files = labelled_images(folder, classes)
         if not files.paths:
             raise InputError(f"no class folder of {folder} holds an image", _expected(home))
         return replace(files, cache=self._in_memory(len(files.paths)))
@@ -99,13 +115,12 @@ class ImageFolder(Dataset):
         """What each split holds, or what is wrong with it; lists the folders, but opens no file."""
         home = self._home(root)
         try:
-            sizes = self.spec(root).sizes
-            for split in sizes:
-                self.load(split, root)
+            splits = {name: self.load(name, root) for name in self.spec(root).sizes}
         except InputError as error:
             return [Finding(False, f"imagefolder: {error.message}", error.hint)]
         return [
-            Finding(True, f"imagefolder: {count(size, 'image')} in {self._find(name, home)}") for name, size in sizes.items()
+            Finding(True, f"imagefolder: {count(len(files.paths), 'image')} in {files.note or self._find(name, home)}")
+            for name, files in splits.items()
         ]
 
     def _home(self, root: Path) -> Path:
@@ -125,8 +140,8 @@ class ImageFolder(Dataset):
                 f"{folder} has {count(len(classes), 'class folder')}; a classifier needs two", _expected(folder.parent)
             )
         if empty := [name for name in classes if not has_images(folder / name)]:
-            formats = "png, jpg, bmp, gif, webp, tif or ppm"
-            raise InputError(f"class folders of {folder} without images: {name_some(empty)}", f"Put {formats} files there.")
+            hint = f"Put files there (any of {COMMON_SUFFIXES}, ...), or remove the folder."
+            raise InputError(f"class folders of {folder} without images: {name_some(empty)}", hint)
         return classes
 
     def _in_memory(self, images: int) -> bool:
@@ -135,7 +150,7 @@ class ImageFolder(Dataset):
 
 
 def _refuse_loose(folder: Path) -> None:
-    if loose := image_names(folder):
+    if loose := loose_images(folder):
         text = f"{folder} has {count(len(loose), 'image')} outside any class folder ({name_some(loose, 2)})"
         raise InputError(text, f"Move each into {folder / 'CLASS'}.")
 
