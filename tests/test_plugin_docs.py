@@ -121,6 +121,7 @@ def trained(files, tmp_path_factory) -> Path:
     given = [word for text in words for word in ("--set", text)]
     result = run(files, "train", *given, "--out", folder / "run", "-q")
     assert result.exit_code == 0, result.output
+    (folder / "words").write_text("\n".join(given), encoding="utf-8")
     return folder / "run"
 
 
@@ -140,6 +141,15 @@ def test_the_model_file_has_the_average_of_the_weights(trained):
     for name, value in model.network.state_dict().items():
         assert torch.equal(value, kept["callbacks"]["ema"][name])
     assert any(not torch.equal(value, kept["model"][name]) for name, value in model.network.state_dict().items())
+
+
+def test_what_callbacks_keep_survives_a_kill_before_the_model_file(files, trained):
+    finished = (trained / "model.safetensors").read_bytes()
+    (trained / "model.safetensors").unlink()
+    words = (trained.parent / "words").read_text(encoding="utf-8").splitlines()
+    result = run(files, "train", *words, "--out", trained, "--resume", "-q")
+    assert result.exit_code == 0, result.output
+    assert (trained / "model.safetensors").read_bytes() == finished
 
 
 def test_it_is_certified_in_l1_and_results_of_two_bounds_are_not_compared(files, trained, tmp_path):
