@@ -289,6 +289,14 @@ def test_the_bound_of_the_certifier_holds(bound):
     for p in (0.5, 0.7, 0.9, 0.97, 0.995):
         wrong = [hits for hits in range(n + 1) if certifier.lower(hits, n) > p]
         assert binom.pmf(wrong, n, p).sum() <= alpha
+    sample = np.repeat([1.0, 0.0], [450, 50])
+    least = {  # Hoeffding 1963, theorem 1; Maurer & Pontil 2009, theorem 4
+        "hoeffding": sample.mean() - np.sqrt(-np.log(alpha) / 2 / n),
+        "bernstein": sample.mean()
+        - sample.std(ddof=1) * np.sqrt(2 * np.log(2 / alpha) / n)
+        - 7 * np.log(2 / alpha) / 3 / (n - 1),
+    }
+    assert certifier.lower(450, n) == pytest.approx(least[bound], rel=1e-12)
     assert certifier.largest_p_a(n) == certifier.lower(n, n) == max(certifier.lower(hits, n) for hits in range(n + 1))
     assert certifier.plan(np.array([1, 5, 2]), Question(3)) == Plan(1, (n,))
     assert certifier.decide(np.array([0, n, 0]), n, Plan(1, (n,))).predict == 1
