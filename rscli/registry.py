@@ -13,8 +13,10 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
+from pydantic import ValidationError
+
 from rscli.api import KINDS, Plugin, Provenance
-from rscli.errors import PluginError
+from rscli.errors import PluginError, RscliError
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,12 @@ class Registry:
             if plugin.variant is None:
                 raise PluginError(f"{entry} takes no variant, so {section['name']!r} means nothing", f"Write {entry.name!r}.")
             fields = {plugin.variant: variant, **fields}
-        return plugin(**fields)
+        try:
+            return plugin(**fields)
+        except (ValidationError, RscliError):
+            raise
+        except Exception as cause:  # a validator of the plugin's own
+            raise PluginError(f"the {entry} cannot be built: {type(cause).__name__}: {cause}", _fix(entry)) from cause
 
     def provenance(self, kind: str, name: str) -> Provenance:
         """Which package, in which version, provides the plugin. Raises `PluginError` as `find` does."""
@@ -119,6 +126,15 @@ class Registry:
 
 _announced: dict[Entry, type[Plugin]] = {}
 """Plugins that no package announces: those of files that the user named."""
+
+
+_origins: dict[type, Entry] = {}
+"""Which entry a loaded class came from."""
+
+
+def origin_of(plugin: type[Plugin]) -> Entry | None:
+    """The entry that a loaded plugin class came from; None for a class that was not loaded through the registry."""
+    return _origins.get(plugin)
 
 
 def announce(entry: Entry, plugin: type[Plugin]) -> None:
@@ -143,6 +159,7 @@ def installed() -> Registry:
 def load_entry(entry: Entry) -> type[Plugin]:
     """Imports one plugin and checks that it is of its kind. Raises `PluginError` with package, version, target and cause."""
     if entry in _announced:
+        _origins[_announced[entry]] = entry
         return _announced[entry]
     point = metadata.EntryPoint(entry.name, entry.target, f"rscli.{entry.kind}")
     try:
@@ -150,6 +167,8 @@ def load_entry(entry: Entry) -> type[Plugin]:
     except (Exception, SystemExit) as cause:
         reason = f"{type(cause).__name__}: {cause}"
         raise PluginError(f"the {entry} does not load: {reason}", _fix(entry)) from cause
+    if isinstance(plugin, type):
+        _origins[plugin] = entry
     if not (isinstance(plugin, type) and issubclass(plugin, Plugin)) or getattr(plugin, "kind", None) != entry.kind:
         raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", _fix(entry))
     return plugin

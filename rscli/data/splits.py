@@ -24,7 +24,8 @@ from torch.utils import data as torch_data
 
 from rscli.api import Augmentation, Dataset, DataSpec, FileImages, MemoryImages, Transform
 from rscli.data.transforms import Moves, apply_moves, augment, draw_moves, load_image, load_resized_crop, moves_images
-from rscli.errors import InputError, PluginError
+from rscli.errors import InputError
+from rscli.runtime.guard import broken, calling
 from rscli.runtime.readers import read, stay_in_the_background
 from rscli.runtime.seeds import derive, generator
 
@@ -34,14 +35,26 @@ CACHE_CHUNK = 256
 """Images that a worker decodes at a time when a split of files is brought into memory."""
 
 
+def spec_of(dataset: Dataset, root: Path) -> DataSpec:
+    """What a model must know of `dataset`. Raises `PluginError` if the plugin fails, or says anything but a `DataSpec`."""
+    with calling(dataset, "spec"):
+        spec = dataset.spec(root)
+    if not isinstance(spec, DataSpec):
+        raise broken(dataset, "spec", f"returned {spec!r:.80}, which is no DataSpec")
+    return spec
+
+
 def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, download: bool = False, workers: int = 0) -> Split:
     """The images of `split` of `dataset` under the data folder `root`; `workers` processes decode files (0: this one does).
 
     Raises `InputError` if the split or its files are missing, `PluginError` if the plugin returns anything but what its
     contract promises.
     """
-    found = dataset.load(split, root, download=download)
-    _verify(type(dataset).__name__, found, spec)
+    with calling(dataset, "load"):
+        found = dataset.load(split, root, download=download)
+    problem = _images_problem(found, spec)
+    if problem:
+        raise broken(dataset, "load", problem)
     if isinstance(found, MemoryImages):
         return MemorySplit(found.images, found.labels, spec)
     files = FileSplit(found.paths, found.labels, spec, workers=workers)
@@ -329,23 +342,6 @@ def _label_bytes(labels: NDArray[np.int64]) -> bytes:
 
 
 # --- what a plugin returned --------------------------------------------------------------------------------------------------
-
-
-def _verify(name: str, found: object, spec: DataSpec) -> None:
-    """Raises `PluginError`, naming the data set, if a plugin's answer breaks its contract."""
-    problem = _spec_problem(spec) or _images_problem(found, spec)
-    if problem:
-        raise PluginError(f"the data set {name} breaks its contract: {problem}", "Report this to the author of the plugin.")
-
-
-def _spec_problem(spec: DataSpec) -> str | None:
-    channels, transform = spec.shape[0], spec.test_transform
-    if (transform.channels, *transform.crop) != spec.shape:
-        return f"its test transform gives {(transform.channels, *transform.crop)}, its shape is {spec.shape}"
-    for what, values in (("mean", spec.mean), ("std", spec.std)):
-        if values is not None and len(values) != channels:
-            return f"its {what} has {len(values)} values for {channels} channels"
-    return None
 
 
 def _images_problem(found: object, spec: DataSpec) -> str | None:

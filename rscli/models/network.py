@@ -17,7 +17,8 @@ from torch.nn.modules.module import (
 
 from rscli.api import Architecture, DataSpec
 from rscli.config.settings import shortened
-from rscli.errors import InputError, PluginError
+from rscli.errors import InputError
+from rscli.runtime.guard import broken, calling
 
 LARGE = 2**23
 """Values of an image above which a new network is tried without memory."""
@@ -67,13 +68,17 @@ def build_classifier(architecture: Architecture, spec: DataSpec, *, weights: boo
     Raises `PluginError` if the network does not turn a batch of the announced shape into finite logits (batch, classes).
     """
     classes = len(spec.class_names)
-    classifier = Classifier(architecture.build(spec, weights=weights), spec, normalizes=architecture.normalizes)
+    with calling(architecture, "build"):
+        network = architecture.build(spec, weights=weights)
+    if not isinstance(network, nn.Module):
+        raise broken(architecture, "build", f"returned {network!r:.80}, which is no torch module")
+    classifier = Classifier(network, spec, normalizes=architecture.normalizes)
     classifier.eval()
-    shape = _trial(classifier, spec.shape)
+    with calling(architecture, "build: the forward of its network"):
+        shape = _trial(classifier, spec.shape)
     classifier.train()
     if shape != (2, classes):
-        name = type(architecture).__name__
-        raise PluginError(f"the architecture {name} gives logits of shape {shape}, not {(2, classes)}")
+        raise broken(architecture, "build", f"made a network that gives logits of shape {shape}, not {(2, classes)}")
     return classifier
 
 

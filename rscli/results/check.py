@@ -22,7 +22,7 @@ from rscli.api import ABSTAIN, Certifier, Decision, Noise, Plan, Question
 from rscli.errors import InputError, PluginError, RscliError
 from rscli.registry import installed
 from rscli.results.protocol import digest
-from rscli.results.radius import certified_radius
+from rscli.results.radius import certified_radius, threshold_of
 from rscli.results.rows import Row, broken
 
 TOLERANCE = 1e-9
@@ -153,7 +153,7 @@ class _Recompute:
         self.noise = cast(Noise, installed().build("noises", protocol["noise"]))
         self.name, self.certifier, self.classes = name, cast(Certifier, certifier), classes
         self.radii = tuple(protocol.get("radii") or ())
-        self.thresholds = tuple(map(self.noise.probability, self.radii))
+        self.thresholds = tuple(threshold_of(self.noise, radius) for radius in self.radii)
         self.label = 0 if protocol.get("labels") else None
         version = installed().provenance("certifiers", f"{package}:{name}").version
         recorded = (protocol.get("info") or {}).get("certifier_version")

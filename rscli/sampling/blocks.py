@@ -9,30 +9,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rscli.api import Noise
+from rscli.runtime.guard import calling, draw_noise
 from rscli.runtime.seeds import block_generator
 
 BLOCK = 64
 """Samples a block of noise; part of the protocol, since another size draws other noise."""
 
 
-class Apply(Protocol):
-    """How a distribution puts noise on images: `Noise.apply`."""
-
-    def __call__(self, images: Tensor, noise: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """The noisy images."""
-
-
 class Block:
-    """One block of an image's noise, drawn once, when it is first asked for; `apply` puts it on the image."""
+    """One block of an image's noise, drawn once, when it is first asked for; `smoothing` puts it on the image."""
 
-    def __init__(self, draw: Callable[[], Tensor], apply: Apply) -> None:
-        self._draw, self.apply = draw, apply
+    def __init__(self, draw: Callable[[], Tensor], smoothing: Noise) -> None:
+        self._draw, self.smoothing = draw, smoothing
         self._lock = threading.Lock()
         self._noise: Tensor | None = None
 
@@ -60,7 +53,11 @@ class Piece:
 
     def into(self, out: Tensor) -> None:
         """Writes the noisy images to `out` (samples, channel, height, width)."""
-        self.block.apply(self.image, self.block.noise()[self.first : self.last], out=out)
+        noise = self.block.noise()[self.first : self.last]
+        with calling(self.block.smoothing, "apply"):
+            made = self.block.smoothing.apply(self.image, noise, out=out)
+        if made is not out:  # a distribution that does not know how to write to a place
+            out.copy_(made)
 
     def parted(self, samples: int) -> tuple[Piece, Piece]:
         """The first `samples` of it, and the others."""
@@ -105,7 +102,7 @@ class NoiseBlocks:
         for number in range(start // BLOCK, (end - 1) // BLOCK + 1):
             begin = number * BLOCK
             drawing = self._drawing(key, number, tuple(image.shape))
-            block = self._kept.pop((key, number), None) or Block(drawing, self.noise.apply)
+            block = self._kept.pop((key, number), None) or Block(drawing, self.noise)
             if end < begin + BLOCK:
                 self._kept[key, number] = block
                 if len(self._kept) > self.most:
@@ -120,6 +117,6 @@ class NoiseBlocks:
     def _drawing(self, key: int, number: int, shape: tuple[int, ...]) -> Callable[[], Tensor]:
         def draw() -> Tensor:
             random = block_generator(self.device, self.seed, key, number)
-            return self.noise.sample((BLOCK, *shape), generator=random, device=self.device)
+            return draw_noise(self.noise, (BLOCK, *shape), random, self.device)
 
         return draw

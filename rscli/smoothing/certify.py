@@ -14,7 +14,7 @@ from rscli.api import Certifier, Dataset, fields_of
 from rscli.config.layers import build_section
 from rscli.config.problems import Problems
 from rscli.config.settings import flatten
-from rscli.data.splits import Split, open_split
+from rscli.data.splits import Split, open_split, spec_of
 from rscli.errors import InputError, RscliError, Stopped
 from rscli.models.modelfile import ModelCard, card_of, load_model
 from rscli.models.smoothed import Smoothed
@@ -269,7 +269,7 @@ def _open(card: ModelCard, options: CertifyOptions) -> Split:
     plugin = build_section("data", {**card.data, **options.data}, problems)
     problems.check()
     dataset = cast(Dataset, plugin)
-    names = dataset.spec(options.data_dir).class_names
+    names = spec_of(dataset, options.data_dir).class_names
     if names != card.spec.class_names:
         raise InputError(
             f"the data has the classes {_some(names)}, but the model was trained on {_some(card.spec.class_names)}",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rscli.api import Certificate, Certifier, Question
 from rscli.models.smoothed import Smoothed
-from rscli.results.radius import certified_radius
+from rscli.results.radius import certified_radius, threshold_of
 from rscli.results.rows import Row
 from rscli.sampling.requests import CertifierInquiry, Inquiry
 
@@ -31,7 +31,7 @@ class Images:
         label: Callable[[int], int] | None = None,
     ) -> None:
         self.model, self.certifier, self.image, self.radii, self.label = model, certifier, image, radii, label
-        self.thresholds = tuple(model.noise.probability(radius) for radius in radii)
+        self.thresholds = tuple(threshold_of(model.noise, radius) for radius in radii)
 
     def question(self, index: int) -> Question:
         """What the certifier is asked about the image at `index`."""

@@ -41,8 +41,8 @@ class MajorityVote(Certifier):
         return 0
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
-        """One look, at n; no class is chosen beforehand, and `counts` (classes,) are zeros."""
-        return Plan(ABSTAIN, (self.n,))
+        """One look, at n; no class is chosen beforehand (0 stands for that), and `counts` (classes,) are zeros."""
+        return Plan(0, (self.n,))
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision:
         """The vote of `counts` (classes,)."""

@@ -6,6 +6,7 @@ import itertools
 
 from rscli.api import Certifier, Noise
 from rscli.errors import InputError
+from rscli.results.radius import threshold_of
 
 GRID_STEP = 0.25
 """Distance of the radii of the default grid, in [0, 1] pixels: the field's tables have these."""
@@ -26,4 +27,4 @@ def grid_radii(certifier: Certifier, noise: Noise) -> tuple[float, ...]:
     """0, 0.25, 0.5, ... as far as n unanimous samples can prove."""
     largest = certifier.largest_p_a(certifier.n)
     grid = (place * GRID_STEP for place in itertools.count())
-    return tuple(itertools.takewhile(lambda radius: noise.probability(radius) < largest, grid))
+    return tuple(itertools.takewhile(lambda radius: threshold_of(noise, radius) < largest, grid))

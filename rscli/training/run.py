@@ -8,8 +8,9 @@ from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
-from rscli.api import Callback, Run
+from rscli.api import Callback, Logger, LogWriter, Run
 from rscli.errors import Stopped
+from rscli.runtime.guard import calling
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest
 from rscli.training.metrics import Meter
@@ -65,9 +66,7 @@ class TrainingRun(Run):
         """Trains to the end. Raises `Stopped` when asked to stop; the state is saved."""
         trainer = self.trainer
         with ExitStack() as open_logs:
-            logs = [logger.open(self) for logger in trainer.resolved.loggers.values()]
-            for log in logs:
-                open_logs.callback(log.close)
+            logs = [self._opened(logger, open_logs) for logger in trainer.resolved.loggers.values()]
             self._call("begin")
             trainer.after_step = partial(self._call, "after_step")
             total = self.batches * self.epochs
@@ -75,8 +74,9 @@ class TrainingRun(Run):
             open_logs.callback(self.progress.finish)
             while trainer.epoch < self.epochs:
                 line = self._one_epoch()
-                for log in logs:
-                    log.write(line)
+                for logger, log in logs:
+                    with calling(logger, "write"):
+                        log.write(line)
                 self._save_if_wanted()
                 if self.stop.requested and self.epoch < self.epochs:
                     self._end_here()
@@ -102,9 +102,16 @@ class TrainingRun(Run):
         self._call("after_epoch")
         return {**line, **self._line, "images_per_s": round(speed, 1), "seconds": round(time.monotonic() - began, 3)}
 
+    def _opened(self, logger: Logger, open_logs: ExitStack) -> tuple[Logger, LogWriter]:
+        with calling(logger, "open"):
+            log = logger.open(self)
+            open_logs.callback(log.close)
+        return logger, log
+
     def _call(self, moment: str) -> None:
         for name, callback in self.callbacks.items():
-            getattr(callback, moment)(self, self.states[name])
+            with calling(callback, moment):
+                getattr(callback, moment)(self, self.states[name])
 
     def _save_if_wanted(self) -> None:
         if self._save_wanted:

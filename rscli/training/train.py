@@ -13,12 +13,13 @@ from rscli import __version__
 from rscli.api import DataSpec
 from rscli.config.layers import Resolved
 from rscli.config.schema import steps_per_epoch
-from rscli.data.splits import open_split
+from rscli.data.splits import open_split, spec_of
 from rscli.errors import InputError, Stopped
 from rscli.models.modelfile import ModelCard, save_model, tensor_digest
 from rscli.models.network import parameter_count
 from rscli.plugin_files import from_file
 from rscli.runtime.devices import environment, pick_device
+from rscli.runtime.guard import calling
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest, stop_requests
@@ -65,7 +66,7 @@ def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     Raises `InputError` if the network cannot be trained on the smallest step, or the attack not with so few copies.
     """
     _check_copies(resolved)
-    spec = resolved.dataset.spec(options.data_dir)
+    spec = spec_of(resolved.dataset, options.data_dir)
     images = spec.sizes.get("train")
     chunks = resolved.loss.m if resolved.chunked else 1
     steps = None if images is None else steps_per_epoch(images, resolved.config.batch, chunks)
@@ -103,7 +104,7 @@ def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path
 def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: StopRequest) -> Path:
     _check_copies(resolved)
     device = pick_device(options.device)
-    spec = resolved.dataset.spec(options.data_dir)
+    spec = spec_of(resolved.dataset, options.data_dir)
     split = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)
     if split.note:
         progress.warn(split.note)
@@ -119,7 +120,9 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     run = TrainingRun(trainer, folder, progress, stop)
     if state is None:
         context = SetupContext(split, spec, resolved.noise, device, resolved.config.seed, progress)
-        trainer.loss_state = {name: tensor.to(device) for name, tensor in resolved.loss.setup(context).items()}
+        with calling(resolved.loss, "setup"):
+            kept = dict(resolved.loss.setup(context))
+        trainer.loss_state = {name: tensor.to(device) for name, tensor in kept.items()}
     else:
         if "data" not in state:
             progress.note(f"{folder.checkpoint} is of an older version: whether it is intact, and of this data, cannot be told")

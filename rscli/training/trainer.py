@@ -7,7 +7,7 @@ stopped between two batches continues exactly where it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rscli.api import Attack, DataSpec, Position, TrainStep
+from rscli.api import Attack, DataSpec, Loss, Position, TrainStep
 from rscli.config.layers import Resolved
 from rscli.data.splits import Batch, Split
-from rscli.errors import PluginError
 from rscli.models.network import Classifier, build_classifier
+from rscli.runtime.guard import broken, calling, draw_noise, number
 from rscli.runtime.seeds import derive, generator
 from rscli.training.checkpoint import check_optimizer, check_place, settings_of, training_data
 from rscli.training.layout import training_layout
@@ -45,7 +45,8 @@ class Trainer:
         if device.type == "cuda":
             torch.backends.cudnn.deterministic = True
         self.classifier = classifier.to(memory_format=self.layout)
-        self.optimizer = resolved.optimizer.build(self.classifier)
+        with calling(resolved.optimizer, "build"):
+            self.optimizer = resolved.optimizer.build(self.classifier)
         self.batches = split.steps(self.config.batch)
         self.epoch, self.batch = 0, 0
         self.meter = Meter()
@@ -63,7 +64,10 @@ class Trainer:
     @property
     def lr_factor(self) -> float:
         """What the schedule multiplies the learning rate by now."""
-        return self.resolved.schedule.factor(self.epoch + self.batch / self.batches, self.config.epochs)
+        schedule = self.resolved.schedule
+        with calling(schedule, "factor"):
+            factor = schedule.factor(self.epoch + self.batch / self.batches, self.config.epochs)
+        return number(schedule, "factor", "a factor", factor)
 
     @property
     def lr(self) -> float:
@@ -121,7 +125,7 @@ class Trainer:
         torch.manual_seed(derive(self.config.seed, "global", *key))  # dropout and the like
         random = generator(self.device, self.config.seed, *key)
         smoothing, m = self.resolved.noise, self.resolved.loss.m
-        noise = smoothing.sample((m, *chunk.images.shape), generator=random, device=self.device)
+        noise = draw_noise(smoothing, (m, *chunk.images.shape), random, self.device)
         images = chunk.images.contiguous(memory_format=self.layout)
         step = TrainStep(
             model=self.classifier,
@@ -137,8 +141,8 @@ class Trainer:
         )
         if self.resolved.attack is not None:
             step = attacked(self.resolved.attack, step)
-        terms = self.resolved.loss.step(step)
-        loss = _total(terms)
+        terms = _terms(self.resolved.loss, step)
+        loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -152,19 +156,18 @@ def attacked(attack: Attack, step: TrainStep) -> TrainStep:
 
     Raises `PluginError` if the attack returns something else, tensors of another shape, or pixels outside [0, 1] or NaN.
     """
-    with step.frozen():
+    with step.frozen(), calling(attack, "perturb"), _untouched(attack, "perturb", step):
         moved = attack.perturb(step)
-    name = type(attack).__name__
     if not isinstance(moved, TrainStep):
-        raise PluginError(f"the attack {name} returned a {type(moved).__name__}: it must return step.moved(images=...)")
+        raise broken(attack, "perturb", f"returned a {type(moved).__name__}: it must return step.moved(images=...)")
     for what in ("images", "noise"):
         here, there = getattr(step, what), getattr(moved, what)
         if there.shape != here.shape:
-            raise PluginError(f"the attack {name} returned {what} of shape {tuple(there.shape)}, not {tuple(here.shape)}")
+            raise broken(attack, "perturb", f"returned {what} of shape {tuple(there.shape)}, not {tuple(here.shape)}")
     images = moved.images.detach()
     low, high = torch.stack(torch.aminmax(images)).tolist()  # the host waits once for a whole attack
     if not (low >= 0 and high <= 1):  # NaN is neither
-        raise PluginError(f"the attack {name} returned pixels from {low:g} to {high:g}: they must be in [0, 1]")
+        raise broken(attack, "perturb", f"returned pixels from {low:g} to {high:g}: they must be in [0, 1]")
     extra = {key: tensor.detach() for key, tensor in moved.extra.items()}
     return replace(step, images=images, noise=moved.noise.detach(), extra=extra)
 
@@ -175,8 +178,26 @@ def _chunks(batch: Batch, count: int) -> Iterator[Batch]:
     return (Batch(*part) for part in parts)
 
 
-def _total(terms: dict[str, Tensor]) -> Tensor:
+def _terms(loss: Loss, step: TrainStep) -> dict[str, Tensor]:
+    """The named terms of the objective. Raises `PluginError` unless they are scalars, at least one."""
+    with calling(loss, "step"), _untouched(loss, "step", step):
+        terms = loss.step(step)
+    if not isinstance(terms, dict) or not all(isinstance(term, Tensor) for term in terms.values()):
+        raise broken(loss, "step", f"returned {terms!r:.80}: it must return named scalars, such as {{'ce': ...}}")
     if not terms or any(term.ndim for term in terms.values()):
         shapes = {name: tuple(term.shape) for name, term in terms.items()}
-        raise PluginError(f"a loss must return at least one named scalar; this one returned {shapes}")
-    return torch.stack(list(terms.values())).sum()
+        raise broken(loss, "step", f"must return at least one named scalar, and returned {shapes}")
+    if not any(term.requires_grad for term in terms.values()):
+        raise broken(loss, "step", "returned terms without gradients, from which nothing can be learned")
+    return terms
+
+
+@contextmanager
+def _untouched(plugin: Attack | Loss, method: str, step: TrainStep) -> Iterator[None]:
+    """Raises `PluginError` if the body changes the tensors of `step` in place: others are to see them, too."""
+    handed = {name: getattr(step, name) for name in ("images", "clean", "labels", "noise")}
+    before = {name: tensor._version for name, tensor in handed.items()}
+    yield
+    changed = [name for name, tensor in handed.items() if tensor._version != before[name]]
+    if changed:
+        raise broken(plugin, method, f"changed the step's {' and '.join(changed)} in place")

@@ -18,6 +18,7 @@ from rscli.config.layers import build_section, defaults, full_section, read_sets
 from rscli.config.problems import Problems
 from rscli.config.schema import SECTIONS
 from rscli.config.settings import Setting, Settings, dotted, flatten, nest, stack
+from rscli.data.splits import spec_of
 from rscli.errors import InputError, RscliError
 from rscli.models.importing.foreign import Checkpoint, read_checkpoint
 from rscli.models.importing.keys import fit_tensors
@@ -81,7 +82,7 @@ def import_checkpoint(options: ImportOptions, progress: Progress) -> Imported:
     if checkpoint.note:
         progress.warn(checkpoint.note)
     plugins, sections = _plugins(options, checkpoint)
-    spec = cast(Dataset, plugins["data"]).spec(options.data_dir)
+    spec = spec_of(cast(Dataset, plugins["data"]), options.data_dir)
     network = build_classifier(cast(Architecture, plugins["arch"]), spec).network
     fit = fit_tensors(checkpoint.tensors, network.state_dict(), cast(Architecture, plugins["arch"]).rename)
     fit, constants = take_constants(fit, checkpoint, options.prefix)
