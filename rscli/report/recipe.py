@@ -11,6 +11,7 @@ from typing import Any
 from rscli.config.presets import load_preset
 from rscli.config.published import PublishedRow
 from rscli.config.settings import dotted, leaves
+from rscli.errors import RscliError
 from rscli.results.reader import Results
 
 ATTACK = {"name": "attack", "epsilon": "eps", "steps": "steps", "warmup": "warmup"}
@@ -65,7 +66,12 @@ def recipe(run: Results, preset: str | None = None) -> Recipe | str:
     name = preset or info.get("preset")
     if name is None:
         return "it does not record a preset; --reproduces PRESET names the one that it is to be held against"
-    row = load_preset(name).header.published
+    try:
+        row = load_preset(name).header.published
+    except RscliError as error:
+        if not info.get("preset"):
+            raise  # the user named it
+        return f"the preset that it records is unavailable: {error.message}"
     if row is None:
         return f"the preset {name} reproduces no published row"
     changed = sorted(key for key in info.get("overrides") or {} if _another_kind(key))
