@@ -121,8 +121,7 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     if state is None:
         context = SetupContext(split, spec, resolved.noise, device, resolved.config.seed, progress)
         with calling(resolved.loss, "setup"):
-            kept = dict(resolved.loss.setup(context))
-        trainer.loss_state = {name: tensor.to(device) for name, tensor in kept.items()}
+            trainer.loss_state = {name: tensor.to(device) for name, tensor in resolved.loss.setup(context).items()}
     else:
         if "data" not in state:
             progress.note(f"{folder.checkpoint} is of an older version: whether it is intact, and of this data, cannot be told")
