@@ -17,7 +17,7 @@ from types import ModuleType
 
 from rscli.api import KINDS, Plugin
 from rscli.errors import InputError, PluginError
-from rscli.registry import Entry, announce
+from rscli.registry import Entry, announce, check_contract
 
 DIGEST = "sha256:"
 """What the version of a plugin from a file begins with."""
@@ -26,7 +26,8 @@ DIGEST = "sha256:"
 def load_plugin_file(path: Path) -> list[Entry]:
     """Runs the file, and makes its plugins known; they are returned.
 
-    Raises `InputError` if it is no Python file that can be read, `PluginError` if it does not run or holds no plugin.
+    Raises `InputError` if it is no Python file that can be read, `PluginError` if it does not run, holds no plugin, or
+    one of another contract.
     """
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"--plugin is {path}, but must be a Python file", "As in --plugin ./my_loss.py")
@@ -41,6 +42,8 @@ def load_plugin_file(path: Path) -> list[Entry]:
     if not found:
         kinds = "Loss, NoisyLoss, Attack, Noise, Architecture, Dataset, Certifier, Optimizer, Schedule, Logger or Callback"
         raise PluginError(f"the file {path} holds no plugin", f"A plugin is a class derived from rscli.api's {kinds}.")
+    for entry, plugin in found:
+        check_contract(entry, plugin)
     for entry, plugin in found:
         announce(entry, plugin)
     return [entry for entry, _ in found]

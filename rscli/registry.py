@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rscli.api import KINDS, Plugin, Provenance
+from rscli.api import API_VERSION, KINDS, Plugin, Provenance
 from rscli.errors import PluginError, RscliError
 
 
@@ -171,7 +171,16 @@ def load_entry(entry: Entry) -> type[Plugin]:
         _origins[plugin] = entry
     if not (isinstance(plugin, type) and issubclass(plugin, Plugin)) or getattr(plugin, "kind", None) != entry.kind:
         raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", _fix(entry))
+    check_contract(entry, plugin)
     return plugin
+
+
+def check_contract(entry: Entry, plugin: type[Plugin]) -> None:
+    """Raises `PluginError`, saying which side to update, if the plugin was written for another version of the contract."""
+    if plugin.api_version != API_VERSION:
+        text = f"the {entry} is written for version {plugin.api_version} of rscli.api, and this is version {API_VERSION}"
+        older = isinstance(plugin.api_version, int) and plugin.api_version < API_VERSION
+        raise PluginError(text, f"Update {entry.package}." if older else "Update rscli (pip install --upgrade rscli).")
 
 
 def description(plugin: type[Plugin]) -> str:

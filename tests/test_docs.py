@@ -172,6 +172,29 @@ DATA = {
 }
 
 
+PACKAGES = {
+    "smoothmix": ("m, alpha, steps, eta", "{m}, {alpha:g}, {steps}, {eta:g}"),
+    "smoothmix-one-step": ("m, alpha, steps, eta", "{m}, {alpha:g}, {steps}, {eta:g}"),
+    "catrs": ("m, epsilon, steps, lbd", "{m}, {epsilon:g}, {steps}, {lbd:g}"),
+}
+"""The same of presets of other distributions in plugins/."""
+
+
+@pytest.mark.parametrize("method", PACKAGES)
+def test_the_settings_of_packages_are_those_of_their_presets(method):
+    corner, text = PACKAGES[method]
+    found = {}
+    for path in ROOT.glob(f"plugins/*/*/presets/*-{method}-[0-9]*.toml"):
+        data, _, sigma = path.stem.rpartition(f"-{method}-")
+        loss = tomllib.loads(path.read_text(encoding="utf-8"))["loss"]
+        found[data, sigma] = text.format(**loss) + ", one_step" * loss.get("one_step", False)
+    labels = {"mnist": "MNIST" + ", one step" * ("one-step" in method), "cifar10": "CIFAR-10, ResNet-110"}
+    assert len(found) >= 3
+    for (data, sigma), setting in found.items():
+        line = re.search(rf"^\| {corner} \|.+\n\|---.+\n(?:\|.+\n)*?\| {labels[data]} \|(.+)\|$", METHODS, re.M)
+        assert line[1].split("|")[SIGMAS.index(sigma)].strip() == setting, (data, sigma)
+
+
 def settings_shown(corner: str) -> dict[tuple[str, str], str]:
     """(data in a preset's name, sigma) -> the cell, of the table with that upper left cell."""
     (table,) = re.findall(rf"^\| {re.escape(corner)} \| σ 0\.25.+\n\|---.+\n((?:\|.+\n)+)", METHODS, re.M)

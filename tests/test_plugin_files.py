@@ -113,6 +113,16 @@ def test_a_name_that_a_package_has_too_is_solved_as_between_packages(tmp_path):
         "syntax": ("torn.py", "x = 1\nclass (\n", "line 2 does not run: SyntaxError"),
         "raises": ("sad.py", "x = 1\n\nraise KeyError('y')\n", "line 3 does not run: KeyError: 'y'"),
         "exits": ("exit.py", "raise SystemExit(3)\n", "line 1 does not run: SystemExit: 3"),
+        "older-contract": (
+            "old.py",
+            PARTS.replace("m: int", "api_version = 1\n    m: int"),
+            "written for version 1 of rscli.api",
+        ),
+        "newer-contract": (
+            "new.py",
+            PARTS.replace("m: int", "api_version = 3\n    m: int"),
+            "written for version 3 of rscli.api",
+        ),
         "missing-import": ("needs.py", "import no_such_package\n", "line 1 does not run: ModuleNotFoundError"),
     }.values(),
 )

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from rscli import registry
-from rscli.api import KINDS, Loss, Noise
+from rscli.api import API_VERSION, KINDS, Loss, Noise
 from rscli.errors import PluginError
 from rscli.registry import Entry, Registry, description, installed, load_entry
 
@@ -60,6 +60,19 @@ def test_core_plugins_of_every_kind_are_found_and_load(kind):
         assert plugin.kind == kind
         assert description(plugin)
         assert description(plugin)[-1] not in ".,:;", f"{each} is described by half a sentence"
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"), [(1, "Update theirs."), (0, "Update theirs."), (3, "Update rscli"), ("2", "Update rscli")]
+)
+def test_a_plugin_of_another_contract_says_which_side_to_update(module, version, advice):
+    module.Old = type("Old", (Good,), {"api_version": version, "__module__": "their_plugins"})
+    with pytest.raises(
+        PluginError, match=f"written for version {version} of rscli.api, and this is version {API_VERSION}"
+    ) as caught:
+        load_entry(entry(target="their_plugins:Old"))
+    assert advice in caught.value.hint
+    assert load_entry(entry(target="their_plugins:Good")) is Good
 
 
 def test_entries_are_sorted_by_kind_and_name():
