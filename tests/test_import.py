@@ -152,7 +152,7 @@ def test_a_network_behind_a_normalisation_layer_predicts_identically(prefix, tmp
     model = load_model(found.model)
     assert found.prefix == prefix
     assert same_predictions(model, source)
-    assert (model.card.spec.mean, model.card.spec.std) == (CIFAR_MEAN, CIFAR_STD)
+    assert (model.source.card.spec.mean, model.source.card.spec.std) == (CIFAR_MEAN, CIFAR_STD)
     assert said.notes == [str(found.normalization)]
     assert "0.4914, 0.4822, 0.4465" in said.notes[0]
     assert "assumed" in said.notes[0]
@@ -199,7 +199,7 @@ def test_every_form_of_file(form, tmp_path):
         torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
     model = load_model(bring(path, normalization="none").model)
     assert same_predictions(model, source.float())
-    assert model.card.epochs is None
+    assert model.source.card.epochs is None
 
 
 def test_lenet_of_the_field_needs_no_option(tmp_path):
@@ -208,7 +208,7 @@ def test_lenet_of_the_field_needs_no_option(tmp_path):
     found = bring(published(tmp_path / "c.pth", source, arch="lenet"), said, arch=None, sets=(), dataset="digits", sigma=0.25)
     model = load_model(found.model)
     assert same_predictions(model, source, (1, 28, 28))
-    assert (model.card.arch, model.noise.sigma) == ({"name": "lenet"}, 0.25)
+    assert (model.source.card.arch, model.noise.sigma) == ({"name": "lenet"}, 0.25)
     assert said.notes == ["normalisation: none (the data set has none)"]
 
 
@@ -314,8 +314,8 @@ def test_plain_state_dicts_of_libraries(library, folder, monkeypatch):
     found = bring(folder / "w.pth", arch="timm/resnet18", dataset="imagefolder", sets=sets)
     model = load_model(found.model)
     assert same_predictions(model, source, (3, 64, 64))
-    assert model.card.arch == {"name": "timm/resnet18", "pretrained": False, "kwargs": {}}
-    assert model.card.spec.class_names == ("cat", "dog", "fox")
+    assert model.source.card.arch == {"name": "timm/resnet18", "pretrained": False, "kwargs": {}}
+    assert model.source.card.spec.class_names == ("cat", "dog", "fox")
     assert asked == [False, False]  # neither the import nor the model file downloads weights
 
 
@@ -584,15 +584,15 @@ def test_the_card_says_where_the_model_came_from(tmp_path):
     path = published(tmp_path / "checkpoint.pth.tar", network(RESNET8))
     model = load_model(bring(path).model)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert model.card.origin == f"imported from checkpoint.pth.tar (sha256 {digest})"
-    assert (model.card.epochs, model.card.config) == (90, None)
-    assert (model.card.arch, model.card.noise) == (RESNET8, {"name": "gaussian", "sigma": 0.5})
-    assert {(p["kind"], p["name"], p["package"]) for p in model.card.plugins} == {
+    assert model.source.card.origin == f"imported from checkpoint.pth.tar (sha256 {digest})"
+    assert (model.source.card.epochs, model.source.card.config) == (90, None)
+    assert (model.source.card.arch, model.source.card.noise) == (RESNET8, {"name": "gaussian", "sigma": 0.5})
+    assert {(p["kind"], p["name"], p["package"]) for p in model.source.card.plugins} == {
         ("architectures", "cifar-resnet", "rscli"),
         ("noises", "gaussian", "rscli"),
         ("datasets", "cifar10", "rscli"),
     }
-    assert type(model.dataset()).__name__ == "Cifar10"
+    assert type(installed().build("datasets", model.source.card.data)).__name__ == "Cifar10"
 
 
 def test_importing_twice_gives_the_same_bytes(tmp_path):

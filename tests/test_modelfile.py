@@ -68,7 +68,7 @@ def with_card(path: Path, target: Path, change) -> Path:
 def test_a_model_reads_back_as_it_was(written):
     classifier, card = made()
     loaded = load_model(written)
-    assert loaded.card.model_copy(update={"sha256": ""}) == card
+    assert loaded.source.card.model_copy(update={"sha256": ""}) == card
     for name, tensor in classifier.state_dict().items():
         assert torch.equal(loaded.network.state_dict()[name], tensor), name
     images = torch.rand(5, 1, 28, 28)
@@ -100,17 +100,30 @@ def test_other_content_gives_other_bytes(written, tmp_path):
 
 
 def test_the_fields_of_the_card_are_those_that_files_on_disk_have(written):
-    """Format 1, frozen: another set of fields is another format, and old files must still be read."""
-    fields = "format rscli arch noise data spec plugins config epochs origin sha256"
+    """Format 2, frozen: another set of fields is another format, and old files must still be read."""
+    fields = "format rscli arch noise data spec plugins config epochs origin preset overrides loss_state sha256"
     card = json.loads(header(written)["__metadata__"]["rscli"])
     assert set(card) == set(ModelCard.model_fields) == set(fields.split())
     assert set(card["spec"]) == {"class_names", "shape", "mean", "std", "test_transform", "augmentation", "sizes"}
     assert header(written)["__metadata__"].keys() == {"rscli"}
-    assert card["format"] == modelfile.FORMAT == 1
+    assert card["format"] == modelfile.FORMAT == 2
+
+
+def test_a_file_of_format_1_is_read(written, tmp_path):
+    """As versions before contract 2 wrote them: no preset, no departures from it, nothing that a loss kept."""
+    card = json.loads(header(written)["__metadata__"]["rscli"])
+    old = {key: value for key, value in card.items() if key not in ("preset", "overrides", "loss_state")} | {"format": 1}
+    network = load_model(written).network.network
+    old["sha256"] = modelfile.content_digest(network.state_dict(), old)
+    with_card(written, tmp_path / "m", lambda card: old)
+    loaded = load_model(tmp_path / "m")
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in loaded.network.network.state_dict().items())
+    assert (loaded.source.card.format, loaded.source.card.preset, loaded.source.card.loss_state) == (1, None, {})
+    assert old["config"] is not None
 
 
 def test_the_card_says_where_every_plugin_came_from(written):
-    card = load_model(written).card
+    card = load_model(written).source.card
     assert {(p["kind"], p["name"]) for p in card.plugins} == {
         ("datasets", "digits"),
         ("architectures", "cifar-resnet"),
@@ -222,8 +235,8 @@ def test_a_description_that_is_no_json_is_refused(written, tmp_path):
 
 
 def test_a_newer_format_asks_for_an_update(written, tmp_path):
-    with_card(written, tmp_path / "m", lambda card: {**card, "format": 2, "something_new": True})
-    answers(tmp_path / "m", "has format 2", "reads up to 1", "Update rscli.")
+    with_card(written, tmp_path / "m", lambda card: {**card, "format": 3, "something_new": True})
+    answers(tmp_path / "m", "has format 3", "reads up to 2", "Update rscli.")
 
 
 def test_a_plugin_that_is_missing_is_named_with_its_package(tmp_path):
