@@ -307,7 +307,7 @@ def mutations() -> dict[str, tuple[tuple[Any, ...], Any]]:
         {str(n): 1 for n in range(1001)},
     )
     put(("plugins",), None, {}, [1], [[]], [{}], [{"kind": "noises"}], [{"kind": "architectures", "name": "x"}], [{"kind": 1}])
-    put(("format",), None, 0, -1, 2, 10**30, "1", 1.5)
+    put(("format",), None, 0, -1, 3, 10**30, "1", 1.5)
     put(("epochs",), -1, 10**30, 1.5, "x", [], float("nan"))
     put(("config",), 1, [], "x", _nested(100), _nested(900))
     put(("rscli",), None, 1, [])
@@ -328,7 +328,7 @@ def parts() -> tuple[dict[str, Any], dict[str, Any]]:
     sets = ["data.name=digits", "arch.name=cifar-resnet", "arch.depth=8", "noise.sigma=0.25", "loss.name=gaussian"]
     found = resolve(sets=[*sets, "optimizer.lr=0.1"])
     spec = found.dataset.spec(Path()).model_copy(update={"mean": (0.25,), "std": (0.5,)})
-    return initial_classifier(found, spec).network.state_dict(), model_card(found, spec).model_dump(mode="json")
+    return initial_classifier(found, spec).network.state_dict(), model_card(found, spec, {}).model_dump(mode="json")
 
 
 def signed(path: Path, tensors: dict[str, Any], card: dict[str, Any], where: tuple[Any, ...] = (), value: Any = None) -> Path:

@@ -244,7 +244,7 @@ def test_the_command_says_which_figures_are_bounds(monkeypatch, at_radius, lower
     from rscli.cli.certify import certify as body
 
     tally = Tally(Path("r.tsv"), 3, 1, 2 / 3, at_radius, 2 / 3, lower_bound, 1234, 2.0)
-    monkeypatch.setattr("rscli.smoothing.certify.certify", lambda *_: tally)
+    monkeypatch.setattr("rscli.smoothing.certify.certify", lambda options, progress, *rest: tally)
     app = typer.Typer()
     app.command()(body)
     answer = CliRunner().invoke(app, ["m.safetensors", "--json"])

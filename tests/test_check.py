@@ -14,6 +14,7 @@ import torch
 
 from rscli.config.layers import resolve
 from rscli.errors import InputError
+from rscli.models.smoothed import Smoothed
 from rscli.registry import installed
 from rscli.results.check import check_rows
 from rscli.results.protocol import protocol_path, read_protocol
@@ -24,7 +25,7 @@ from rscli.runtime.progress import Silent
 from rscli.sampling.options import SamplingOptions
 from rscli.sampling.requests import CertifierInquiry
 from rscli.smoothing.certify import CertifyOptions, certify
-from rscli.smoothing.images import Images
+from rscli.smoothing.images import Images, row_of
 from rscli.smoothing.radii import decided_radii
 from rscli.training.train import TrainOptions, train
 
@@ -150,9 +151,9 @@ def test_whatever_the_counts_are_a_row_of_the_engine_passes(name, n, classes):
             "labels": "labels" in name, "info": {"classes": classes} if known else {},
         }  # fmt: skip
         source = np.random.default_rng(n + classes)
-        images = Images.__new__(Images)
-        images.noise, images.certifier, images.labels, images.classes = noise, certifier, "labels" in name, classes
-        images.radii = {noise.probability(radius): radius for radius in radii}
+        model = Smoothed(torch.nn.Identity(), noise, tuple(map(str, range(classes))))
+        labels: dict[int, int] = {}
+        images = Images(model, certifier, lambda index: None, radii, labels.__getitem__ if "labels" in name else None)
         rows = []
         for idx in range(60):
             share = source.choice([source.uniform(), source.uniform(0.4, 0.6), source.uniform(0.97, 1), 1.0, 0.0])
@@ -160,7 +161,7 @@ def test_whatever_the_counts_are_a_row_of_the_engine_passes(name, n, classes):
             probabilities = np.concatenate([[share], (1 - share) * rest])
             probabilities /= probabilities.sum()
             label = int(source.integers(0, classes)) if source.uniform() < 0.3 else 0
-            images.split = type("Labels", (), {"labels": {idx: label}})
+            labels[idx] = label
             inquiry = CertifierInquiry(certifier, images.question(idx), idx, lambda: None)
             counts, drawn = np.zeros(classes, np.int64), 0
             while True:
@@ -171,7 +172,7 @@ def test_whatever_the_counts_are_a_row_of_the_engine_passes(name, n, classes):
                     break
                 if inquiry.fresh:
                     counts, drawn = np.zeros(classes, np.int64), 0
-            rows.append(images.row(inquiry, 1.0))
+            rows.append(row_of(images.certificate(inquiry), label, 1.0))
         check_rows(Path("r.tsv"), rows, range(2, 62), protocol)
 
 

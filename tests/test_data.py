@@ -445,8 +445,6 @@ def test_a_broken_promise_names_the_data_set(answer, text):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        pytest.param({"mean": (0.5,)}, "mean has 1 values for 3 channels", id="mean"),
-        pytest.param({"test_transform": Transform(channels=1, crop=(6, 6))}, "test transform gives", id="transform"),
         pytest.param({"augmentation": Augmentation(resized_crop=True)}, "only images in files", id="resized crop in memory"),
     ],
 )

@@ -83,8 +83,7 @@ def test_a_run_says_before_it_begins_that_bf16_is_slow(monkeypatch, tmp_path, pr
     said = []
     progress = Silent()
     progress.warn = said.append
-    card = SimpleNamespace(spec=SimpleNamespace(shape=(1, 1, 2), class_names=("a", "b")))
-    model = SimpleNamespace(classifier=torch.nn.Linear(2, 2), noise=None, card=card)
+    model = SimpleNamespace(network=torch.nn.Linear(2, 2), noise=None, shape=(1, 1, 2), classes=2)
     SamplingOptions(device="cpu", precision=precision).sampler(model, Work(10), {}, progress, lambda: False)
     assert len(said) == warned
     assert all("emulated" in text for text in said)

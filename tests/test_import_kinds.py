@@ -21,6 +21,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from test_architectures import spec
 from test_import import CIFAR_MEAN, OTHER_MEAN, OTHER_STD, RESNET8, Constants, Listener, bring, network
 from test_import import same_predictions as same
 from torch import nn
@@ -393,11 +394,10 @@ def test_offline_it_is_the_weights_that_are_unavailable(monkeypatch):
     with pytest.raises(
         InputError, match="weights of timm's 'resnet18' could not be downloaded: OSError: We couldn't connect"
     ) as found:
-        TimmModel(model="resnet18", pretrained=True).build(10, (3, 32, 32))
+        TimmModel(model="resnet18", pretrained=True).build(spec(10, (3, 32, 32)))
     assert "timm.create_model('resnet18', pretrained=True)" in found.value.hint
+    unknown = next(m for m in timm.list_models() if not timm.is_model_pretrained(m))
     with pytest.raises(InputError, match="timm has no pretrained weights for"):
-        TimmModel(model=next(m for m in timm.list_models() if not timm.is_model_pretrained(m)), pretrained=True).build(
-            10, (3, 224, 224)
-        )
+        TimmModel(model=unknown, pretrained=True).build(spec(10, (3, 224, 224)))
     with pytest.raises(InputError, match="refuses images of 1x8x8"):
-        TimmModel(model="vit_tiny_patch16_224", pretrained=True).build(10, (1, 8, 8))
+        TimmModel(model="vit_tiny_patch16_224", pretrained=True).build(spec(10, (1, 8, 8)))

@@ -129,6 +129,10 @@ def test_the_card_says_where_every_plugin_came_from(written):
         ("architectures", "cifar-resnet"),
         ("noises", "gaussian"),
         ("losses", "gaussian"),
+        ("optimizers", "sgd"),
+        ("schedules", "step"),
+        ("loggers", "jsonl"),
+        ("callbacks", "checkpoint"),
     }
     assert {p["package"] for p in card.plugins} == {"rscli"}
     assert all(p["version"] for p in card.plugins)

@@ -248,7 +248,7 @@ def test_every_preset_resolves(name):
                 pytest.skip(missing.message)
     found = resolve(name)
     assert rebuild(found.as_dict()).as_dict() == found.as_dict()
-    assert found.config.optimizer.lr == settings["optimizer"]["lr"]
+    assert found.optimizer.lr == settings["optimizer"]["lr"]
     assert found.sources["noise.sigma"] == f"preset {name}"
 
 

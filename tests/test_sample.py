@@ -185,6 +185,9 @@ class Drawing:
         self.blocks += 1
         return self.gaussian.sample(shape, **where)
 
+    def apply(self, images, noise, **where) -> torch.Tensor:
+        return self.gaussian.apply(images, noise, **where)
+
 
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_a_block_whose_samples_are_wanted_bit_by_bit_is_drawn_once(lanes):
@@ -361,7 +364,7 @@ class Empty(Looker):
     [
         (Undecided(n0=7), "did not decide"),
         (Backwards(n0=7), "do not increase"),
-        (Negative(), "wants -5 selection samples"),
+        (Negative(), "selection gave samples = -5"),
     ],
 )
 def test_certifiers_that_break_their_contract_are_named(certifier, message):
