@@ -592,6 +592,7 @@ def test_the_card_says_where_the_model_came_from(tmp_path):
         ("noises", "gaussian", "rscli"),
         ("datasets", "cifar10", "rscli"),
     }
+    assert type(installed().build("datasets", model.source.card.data)).__name__ == "Cifar10"
 
 
 def test_importing_twice_gives_the_same_bytes(tmp_path):

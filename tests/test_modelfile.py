@@ -109,6 +109,19 @@ def test_the_fields_of_the_card_are_those_that_files_on_disk_have(written):
     assert card["format"] == modelfile.FORMAT == 2
 
 
+def test_a_file_of_format_1_is_read(written, tmp_path):
+    """As versions before contract 2 wrote them: no preset, no departures from it, nothing that a loss kept."""
+    card = json.loads(header(written)["__metadata__"]["rscli"])
+    old = {key: value for key, value in card.items() if key not in ("preset", "overrides", "loss_state")} | {"format": 1}
+    network = load_model(written).network.network
+    old["sha256"] = modelfile.content_digest(network.state_dict(), old)
+    with_card(written, tmp_path / "m", lambda card: old)
+    loaded = load_model(tmp_path / "m")
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in loaded.network.network.state_dict().items())
+    assert (loaded.source.card.format, loaded.source.card.preset, loaded.source.card.loss_state) == (1, None, {})
+    assert old["config"] is not None
+
+
 def test_the_card_says_where_every_plugin_came_from(written):
     card = load_model(written).source.card
     assert {(p["kind"], p["name"]) for p in card.plugins} == {

@@ -185,7 +185,10 @@ def test_a_checkpoint_that_somebody_edited_is_refused_in_one_message(uninterrupt
     shutil.copytree(uninterrupted, folder)
     (folder / "model.safetensors").unlink()
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state = {**{key: value for key, value in state.items() if key not in ("digest", "data")}, "format": 1}  # an older version's
+    state = {
+        **{key: state[key] for key in ("epoch", "batch", "model", "optimizer", "meter")},
+        "format": 1,
+    }
     change, said = EDITS[edit]
     torch.save(change(state), folder / "checkpoint.pt")
     before = (folder / "checkpoint.pt").read_bytes()
@@ -201,9 +204,9 @@ def test_a_checkpoint_that_somebody_edited_is_refused_in_one_message(uninterrupt
 
 def test_a_loss_that_is_not_finite_stops_with_step_terms_and_learning_rate(tmp_path):
     with pytest.raises(
-        RscliError, match=r"epoch 1, batch \d+, chunk \d: loss = (nan|inf).*ce = .*learning rate 1e\+30"
+        RscliError, match=r"epoch 1, batch \d+, chunk \d: loss = (nan|inf).*ce = .*learning rate 1e\+06"
     ) as error:
-        train(settings(optimizer__lr="1e30"), options(tmp_path / "run"), Silent())
+        train(settings(optimizer__lr="1e6"), options(tmp_path / "run"), Silent())
     assert error.value.exit_code == 1
     assert not (tmp_path / "run/checkpoint.pt").exists()
 
@@ -344,8 +347,8 @@ def test_training_on_attacked_images_is_training_on_what_the_attack_returned(tmp
     made, moved = trainer(settings(**sets, **smooth), tmp_path), []
     monkeypatch.setattr("rscli.training.trainer.attacked", lambda *a: moved.append(attacked(*a)) or moved[0])
     images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
-    made._step(Batch(images, labels, labels), 0, Position(), 0.05)
-    plain._step(Batch(moved[0].images, labels, labels), 0, Position(), 0.05)
+    made._step(Batch(images, labels, labels), 0, Position())
+    plain._step(Batch(moved[0].images, labels, labels), 0, Position())
     assert attack == "ddn" or not torch.equal(moved[0].images, images)  # DDN stays where an untrained network is wrong already
     ours, theirs = made.classifier.state_dict(), plain.classifier.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -358,7 +361,7 @@ def test_the_attack_and_the_loss_see_the_same_noise(tmp_path, monkeypatch):
     Recording.seen = []
     monkeypatch.setattr("rscli.training.trainer.attacked", lambda attack, step: seen.append(step) or attacked(attack, step))
     images, labels = torch.rand(4, 1, 28, 28), torch.arange(4)
-    trainer(resolved, tmp_path)._step(Batch(images, labels, labels), 0, Position(), 0.05)
+    trainer(resolved, tmp_path)._step(Batch(images, labels, labels), 0, Position())
     (before,), (after,) = seen, Recording.seen
     assert before.noise.data_ptr() == after.noise.data_ptr()
     assert (before.labels is labels, after.labels is labels) == (True, True)
@@ -393,7 +396,7 @@ def test_an_attack_that_needs_more_copies_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(("by", "says"), [(0.5, "to 1.5"), (-0.5, "from -0.5"), (100, "nan")], ids=["above", "below", "nan"])
 def test_an_attack_that_leaves_the_box_is_named(by, says):
     step = replace(a_step(), images=torch.linspace(0, 1, 80).view(5, 1, 4, 4))
-    with pytest.raises(PluginError, match=f"Outside returned pixels.*{says}.*must be in"):
+    with pytest.raises(PluginError, match=f"attack Outside breaks its contract: perturb returned pixels.*{says}.*must be in"):
         attacked(Outside(by=by), step)
 
 

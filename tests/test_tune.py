@@ -383,7 +383,7 @@ def test_whether_a_run_takes_hours_is_asked_of_each_process(world, tried, model,
         """One process that believes in others."""
 
     monkeypatch.setattr(Several, "world", world)
-    monkeypatch.setattr(certifying, "join", Several)
+    monkeypatch.setattr(certifying, "join", lambda *_: Several())
     monkeypatch.setattr(sampling, "COMPILE_SECONDS", 1000 / 1e6)  # 1,200 samples in all, at 1e6 a second
     pretend_to_compile(monkeypatch, faster)
     certify(options(model, tmp_path / "r.tsv"), Silent())
@@ -391,12 +391,13 @@ def test_whether_a_run_takes_hours_is_asked_of_each_process(world, tried, model,
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_waits_for_the_trial_or_the_start_of_another_can_be_stopped(rank, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(certifying, "join", lambda *_: Together(torch.distributed.HashStore(), rank, 2))
+def test_a_process_that_waits_for_the_trial_or_the_start_of_another_can_be_stopped(rank, model, tmp_path):
     stop = StopRequest()
     stop.requested = True
     with pytest.raises(Stopped, match="waiting for the other"):
-        certifying._certify(options(model, tmp_path / "r.tsv"), Silent(), stop)
+        certifying._certify(
+            options(model, tmp_path / "r.tsv"), Silent(), stop, Together(torch.distributed.HashStore(), rank, 2)
+        )
 
 
 @pytest.mark.parametrize(
