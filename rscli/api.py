@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from rscli.image_files import (
     COMMON_SUFFIXES,
@@ -82,6 +82,13 @@ class Plugin(BaseModel):
     """The field that takes the part behind a slash in a name: `timm/resnet18` sets the field `model` of the plugin `timm`."""
     renamed: ClassVar[Mapping[str, str]] = {}
     """Fields that had other names once, as {old: new}: configurations with the old ones are still read, with a note."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation in (int, float):
+            raise ValueError("must be a number")
+        return value
 
     @classmethod
     def offers(cls, name: str) -> bool:  # noqa: ARG003
@@ -398,7 +405,10 @@ class LogWriter(ABC):
 
 
 class Callback(Plugin):
-    """Something that happens during training. It is called between optimiser steps and must leave the model as it was."""
+    """Something that happens during training, between optimiser steps.
+
+    It must leave the model as it was, but in `end`, which may replace the weights that are written: by their average, say.
+    """
 
     kind: ClassVar[str] = "callbacks"
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from rscli.config.layers import resolve
 from rscli.errors import PluginError, RscliError
 from rscli.models import modelfile
-from rscli.models.modelfile import ModelCard, load_model, save_model
+from rscli.models.card import ModelCard
+from rscli.models.modelfile import load_model, save_model
 from rscli.models.network import Classifier
 from rscli.training.train import initial_classifier, model_card
 

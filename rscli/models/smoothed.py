@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from rscli.api import Noise, Transform
-
-if TYPE_CHECKING:
-    from rscli.models.modelfile import ModelCard
+from rscli.models.card import ModelCard
 
 
 @dataclass(frozen=True)

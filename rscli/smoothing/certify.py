@@ -16,7 +16,8 @@ from rscli.config.problems import Problems
 from rscli.config.settings import flatten
 from rscli.data.splits import Split, open_split, spec_of
 from rscli.errors import InputError, RscliError, Stopped
-from rscli.models.modelfile import ModelCard, card_of, load_model
+from rscli.models.card import ModelCard
+from rscli.models.modelfile import card_of, load_model
 from rscli.models.smoothed import Smoothed
 from rscli.registry import installed
 from rscli.results.protocol import FORMAT, protocol_path, read_protocol

@@ -149,7 +149,7 @@ class SmoothedClassifier(Smoothed):
             return []
         work = Work(len(keys) * rule.n, early=rule.grid, long=len(keys) * rule.n >= LONG_RUN)
         options = SamplingOptions(self._device(device), batch, precision, None, seed)
-        done = self._run(map(asked.inquire, keys), work, options, progress, len(keys), "certify")
+        done = self._run(map(asked.inquire, keys), work, options, progress, pixels[0].shape, len(keys), "certify")
         found = {inquiry.key: asked.certificate(inquiry) for inquiry in done}
         return [found[key] for key in keys]
 
@@ -178,7 +178,7 @@ class SmoothedClassifier(Smoothed):
         options = SamplingOptions(self._device(device), batch, precision, None, seed)
         if not asked:
             return []
-        for _ in self._run(iter(asked), Work(len(asked) * n), options, progress, len(asked), "predict"):
+        for _ in self._run(iter(asked), Work(len(asked) * n), options, progress, pixels[0].shape, len(asked), "predict"):
             pass
         return [prediction_of(inquiry, self) for inquiry in asked]
 
@@ -188,12 +188,14 @@ class SmoothedClassifier(Smoothed):
         work: Work,
         options: SamplingOptions,
         progress: Progress | None,
+        shape: Sequence[int],
         total: int,
         task: str,
     ) -> Iterator[CertifierInquiry]:
         progress = progress or Silent()
+        shaped = Smoothed(self.network, self.noise, self.class_names, shape=cast(tuple[int, int, int], tuple(shape)))
         with _left_as_it_was(self.network):
-            sampler, _ = options.sampler(self, work, {}, progress, lambda: False)
+            sampler, _ = options.sampler(shaped, work, {}, progress, lambda: False)
             progress.start(task, total, 0, "image")
             try:
                 for number, inquiry in enumerate(sampler.run(inquiries), start=1):
@@ -223,8 +225,6 @@ class SmoothedClassifier(Smoothed):
             problem = self._problem(image, found[0].shape)
             if problem:
                 raise InputError(f"image {place} {problem}", "Images are (batch, channel, height, width), uint8 or in [0, 1].")
-        if self.shape is None and found:
-            self.shape = cast(tuple[int, int, int], tuple(found[0].shape))
         return [image.cpu() if image.dtype == torch.uint8 else image.detach().cpu().float() for image in found]
 
     def _problem(self, image: Tensor, first: torch.Size) -> str | None:

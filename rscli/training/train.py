@@ -15,7 +15,8 @@ from rscli.config.layers import Resolved
 from rscli.config.schema import steps_per_epoch
 from rscli.data.splits import open_split, spec_of
 from rscli.errors import InputError, Stopped
-from rscli.models.modelfile import ModelCard, save_model, tensor_digest
+from rscli.models.card import ModelCard
+from rscli.models.modelfile import save_model, tensor_digest
 from rscli.models.network import parameter_count
 from rscli.plugin_files import from_file
 from rscli.runtime.devices import environment, pick_device

@@ -20,11 +20,12 @@ from rscli.config.schema import SECTIONS
 from rscli.config.settings import Setting, Settings, dotted, flatten, nest, stack
 from rscli.data.splits import spec_of
 from rscli.errors import InputError, RscliError
+from rscli.models.card import ModelCard
 from rscli.models.importing.foreign import Checkpoint, read_checkpoint
 from rscli.models.importing.keys import fit_tensors
 from rscli.models.importing.mismatch import check_fit
 from rscli.models.importing.normalization import NORMALIZATIONS, Normalization, choose_normalization, take_constants
-from rscli.models.modelfile import ModelCard, file_digest, save_model
+from rscli.models.modelfile import file_digest, save_model
 from rscli.models.network import Classifier, build_classifier, parameter_count
 from rscli.registry import installed, load_entry
 from rscli.runtime.progress import Progress
