@@ -7,6 +7,8 @@ its own use. Core plugins are found the same way as anybody else's.
 from __future__ import annotations
 
 import difflib
+import signal
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rscli.api import API_VERSION, KINDS, Plugin, Provenance
+from rscli.distributions import Problem, environment, normalised
 from rscli.errors import PluginError, RscliError
 
 
@@ -66,8 +69,7 @@ class Registry:
             found = [e for e in self.entries(kind) if e.name == plugin_name and (not colon or _same(e.package, package))]
             if len(found) > 1:
                 both = " and ".join(f"{e.package} {e.version}" for e in found)
-                choices = " or ".join(f"{e.package}:{name}" for e in found)
-                raise PluginError(f"two packages provide the {kind} plugin {plugin_name!r}: {both}", f"Write {choices}.")
+                raise PluginError(f"two packages provide the {kind} plugin {plugin_name!r}: {both}", _choice(found, rest))
             if found:
                 return found[0], variant
         known = [e.name for e in self.entries(kind)] + [f"{e.package}:{e.name}" for e in self.entries(kind)]
@@ -116,7 +118,7 @@ class Registry:
         except (ValidationError, RscliError):
             raise
         except Exception as cause:  # a validator of the plugin's own
-            raise PluginError(f"the {entry} cannot be built: {type(cause).__name__}: {cause}", _fix(entry)) from cause
+            raise PluginError(f"the {entry} cannot be built: {type(cause).__name__}: {cause}", fix(entry)) from cause
 
     def provenance(self, kind: str, name: str) -> Provenance:
         """Which package, in which version, provides the plugin. Raises `PluginError` as `find` does."""
@@ -147,12 +149,20 @@ def announce(entry: Entry, plugin: type[Plugin]) -> None:
 def installed() -> Registry:
     """The registry of everything installed in this environment, read once a process, and of what was announced."""
     found: dict[Entry, None] = dict.fromkeys(_announced)
-    for kind in KINDS:
-        for point in metadata.entry_points(group=f"rscli.{kind}"):
-            package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
-            found[Entry(kind, point.name, package, version, point.value)] = None
-    usual = {point.name: point.value for point in metadata.entry_points(group="rscli.defaults")}
+    usual: dict[str, str] = {}
+    for one in environment().distributions:
+        for group, name, target in one.points:
+            kind = group.removeprefix("rscli.")
+            if kind in KINDS:
+                found[Entry(kind, name, one.name, one.version, target)] = None
+            elif kind == "defaults":
+                usual.setdefault(name, target)
     return Registry(found, usual)
+
+
+def problems() -> tuple[Problem, ...]:
+    """The installed packages whose metadata is damaged or there twice: their plugins are left out."""
+    return environment().problems
 
 
 @cache
@@ -164,13 +174,15 @@ def load_entry(entry: Entry) -> type[Plugin]:
     point = metadata.EntryPoint(entry.name, entry.target, f"rscli.{entry.kind}")
     try:
         plugin = point.load()
-    except (Exception, SystemExit) as cause:
+    except BaseException as cause:
+        if from_a_signal(cause):
+            raise
         reason = f"{type(cause).__name__}: {cause}"
-        raise PluginError(f"the {entry} does not load: {reason}", _fix(entry)) from cause
+        raise PluginError(f"the {entry} does not load: {reason}", fix(entry)) from cause
     if isinstance(plugin, type):
         _origins[plugin] = entry
     if not (isinstance(plugin, type) and issubclass(plugin, Plugin)) or getattr(plugin, "kind", None) != entry.kind:
-        raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", _fix(entry))
+        raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", fix(entry))
     check_contract(entry, plugin)
     return plugin
 
@@ -183,14 +195,35 @@ def check_contract(entry: Entry, plugin: type[Plugin]) -> None:
         raise PluginError(text, f"Update {entry.package}." if older else "Update rscli (pip install --upgrade rscli).")
 
 
+def from_a_signal(cause: BaseException) -> bool:
+    """Whether `cause` was raised by a signal (Ctrl-C), and not by a plugin.
+
+    A handler of rscli's is the frame that raised it. Python's own leaves no frame: every KeyboardInterrupt is taken for real.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        return isinstance(cause, KeyboardInterrupt)
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    return bool(frames) and frames[-1] is getattr(handler, "__code__", None)
+
+
 def description(plugin: type[Plugin]) -> str:
     """The first line of a plugin's docstring, without its full stop."""
     lines = (plugin.__doc__ or "").strip().splitlines()
     return lines[0].rstrip(".") if lines else ""
 
 
-def _fix(entry: Entry) -> str:
+def fix(entry: Entry) -> str:
+    """What to do about a broken plugin."""
     return f"Update or uninstall {entry.package} (pip install --upgrade {entry.package}); nothing else is affected."
+
+
+def _choice(found: list[Entry], name: str) -> str:
+    """How to choose between entries of one name. Within one package there is nothing to write."""
+    packages = list(dict.fromkeys(normalised(entry.package) for entry in found))
+    if len(packages) == 1:
+        return f"Install {found[0].package} again: it announces one name for {' and '.join(e.target for e in found)}."
+    return f"Write {' or '.join(f'{entry.package}:{name}' for entry in found)}."
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -200,4 +233,4 @@ def _split(name: str) -> tuple[str, str | None]:
 
 def _same(a: str, b: str) -> bool:
     """Whether two spellings name one distribution (PEP 503)."""
-    return a.lower().replace("_", "-").replace(".", "-") == b.lower().replace("_", "-").replace(".", "-")
+    return normalised(a) == normalised(b)

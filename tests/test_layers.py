@@ -15,12 +15,13 @@ TORCH = {"python", "runtime", "data", "models", "results", "sampling", "smoothin
 SLOW = {"torch", "timm", "torchvision", "sklearn", "matplotlib", "pandas"}
 
 ORDER = (
-    "errors", "image_files", "api", "stats", "registry", "plugin_files", "config", "runtime", "data", "models", "results",
-    "sampling", "smoothing", "training", "doctor", "report", "python", "cli",
+    "errors", "image_files", "api", "stats", "distributions", "registry", "plugin_files", "plugin_trial", "config", "runtime",
+    "data", "models", "results", "sampling", "smoothing", "training", "doctor", "report", "python", "cli",
 )  # fmt: skip
 MAY_IMPORT = {layer: set(ORDER[:place]) for place, layer in enumerate(ORDER)}
 MAY_IMPORT |= {
     "api": {"errors", "image_files"},
+    "distributions": set(),
     "cli": set(ORDER) - {"python"},
     "report": set(ORDER[: ORDER.index("training")]),
     "__main__": {"cli"},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib import metadata
 
 import pytest
 
-from rscli import registry
+from rscli import distributions, registry
 from rscli.api import API_VERSION, KINDS, Loss, Noise
 from rscli.errors import PluginError
 from rscli.registry import Entry, Registry, description, installed, load_entry
@@ -175,12 +176,18 @@ def test_the_description_is_the_first_line_without_its_full_stop(plugin, text):
     assert description(plugin) == text
 
 
-def test_one_name_twice_from_one_package_is_one_plugin(monkeypatch):
+def test_one_name_twice_from_one_package_is_one_plugin(tmp_path, monkeypatch):
     """An editable install and its metadata on the path twice must not make every name ambiguous."""
-    point = types.SimpleNamespace(name="good", value="their_plugins:Good", dist=types.SimpleNamespace(name="t", version="1"))
-    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: [point, point] if group == "rscli.losses" else [])
+    for place in ("a", "b"):
+        folder = tmp_path / place / "theirs-1.2.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.2\n")
+        (folder / "entry_points.txt").write_text("[rscli.losses]\ngood = their_plugins:Good\n")
+    read = distributions.read(metadata.distributions(path=[str(tmp_path / "a"), str(tmp_path / "b")]))
+    monkeypatch.setattr(registry, "environment", lambda: read)
     installed.cache_clear()
     try:
-        assert len(installed().entries()) == 1
+        assert installed().entries() == [entry()]
+        assert not registry.problems()
     finally:
         installed.cache_clear()

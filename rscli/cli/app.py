@@ -10,6 +10,7 @@ import os
 import sys
 from typing import Any
 
+from rscli import distributions
 from rscli.cli import interrupts, streams
 from rscli.errors import RscliError
 
@@ -19,6 +20,7 @@ def main() -> None:
     with interrupts.heard():
         streams.secure()
         faulthandler.enable(2)  # a crash in native code says in which signal it ended, and where
+        distributions.leave_out_broken()
         from rscli.cli import boundary
         from rscli.cli.commands import app
 

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
+from rscli.cli.streams import diverted
 from rscli.errors import RscliError, Stopped
 
 P = ParamSpec("P")
@@ -27,7 +28,8 @@ def boundary(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            with diverted():
+                return command(*args, **kwargs)
         except RscliError as error:
             if os.environ.get(DEBUG):
                 raise

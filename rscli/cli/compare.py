@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rscli.cli import options as opt
+from rscli.cli.streams import answers
 
 
 class Format(StrEnum):
@@ -92,4 +92,4 @@ def compare(
     elif form is Format.table:
         print_tables(comparison, stdout())
     else:
-        sys.stdout.write(render(comparison, form))
+        answers().write(render(comparison, form))

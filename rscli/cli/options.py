@@ -34,10 +34,12 @@ Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that r
 
 
 def _run_plugin_files(paths: list[Path] | None) -> list[Path] | None:
+    from rscli.cli.streams import diverted
     from rscli.plugin_files import load_plugin_file
 
-    for path in paths or ():
-        load_plugin_file(path)
+    with diverted():
+        for path in paths or ():
+            load_plugin_file(path)
     return paths
 
 

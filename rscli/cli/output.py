@@ -8,6 +8,8 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from rscli.cli.streams import answers
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -26,7 +28,8 @@ def stdout() -> Console:
     """The console for answers. Not cut to a width when piped; NO_COLOR is honoured."""
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    out = answers()
+    return Console(file=out, soft_wrap=not out.isatty(), width=None if out.isatty() else PIPE_WIDTH)
 
 
 def stderr() -> Console:
@@ -38,13 +41,13 @@ def stderr() -> Console:
 
 def emit_json(value: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    answers().write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def emit_json_line(value: Any) -> None:
     """One JSON line on stdout, at once."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
-    sys.stdout.flush()
+    answers().write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    answers().flush()
 
 
 def listener(quiet: bool) -> Progress:

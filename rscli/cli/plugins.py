@@ -12,6 +12,8 @@ from rscli.cli.boundary import boundary
 
 if TYPE_CHECKING:
     from rscli.api import Plugin
+    from rscli.distributions import Problem
+    from rscli.errors import PluginError
     from rscli.registry import Entry
 
 plugins = typer.Typer(invoke_without_command=True)
@@ -35,17 +37,23 @@ def listing(context: typer.Context, json: opt.Json = False, _plugin: opt.PluginF
     from rich.table import Table
 
     from rscli.cli.output import emit_json, stdout
-    from rscli.registry import installed
+    from rscli.plugin_trial import descriptions
+    from rscli.registry import installed, problems
 
-    rows = [_row(entry) for entry in installed().entries() if entry.kind != "presets"]
+    told = descriptions(entry for entry in installed().entries() if entry.kind != "presets")
+    rows = [_row(entry, answer) for entry, answer in sorted(told.items(), key=lambda item: _place(item[0]))]
     if json:
+        rows += [_left_out(problem) for problem in problems()]
         emit_json(rows)
         return
     table = Table("kind", "name", "package", "version", "description", box=None, pad_edge=False)
     for row in rows:
         text = f"[red]broken:[/] {_escape(row['error'])}" if row["error"] else _escape(row["description"])
         table.add_row(row["kind"], row["name"], row["package"], row["version"], text)
-    stdout().print(table)
+    console = stdout()
+    console.print(table)
+    for problem in problems():
+        console.print(f"\nleft out: {problem}\n{problem.hint}", markup=False, highlight=False)
 
 
 @plugins.command("info")
@@ -82,15 +90,23 @@ def info(
         console.print(table)
 
 
-def _row(entry: Entry) -> dict[str, Any]:
-    from rscli.errors import PluginError
-    from rscli.registry import description, load_entry
+def _place(entry: Entry) -> tuple[int, str, str]:
+    from rscli.api import KINDS
 
+    return KINDS.index(entry.kind), entry.name, entry.package
+
+
+def _row(entry: Entry, told: str | PluginError) -> dict[str, Any]:
     row: dict[str, Any] = {"kind": entry.kind, "name": entry.name, "package": entry.package, "version": entry.version}
-    try:
-        return {**row, "description": description(load_entry(entry)), "error": None}
-    except PluginError as error:
-        return {**row, "description": None, "error": error.message}
+    if isinstance(told, str):
+        return {**row, "description": told, "error": None}
+    return {**row, "description": None, "error": told.message}
+
+
+def _left_out(problem: Problem) -> dict[str, Any]:
+    """A row of the JSON for a package whose metadata cannot be used; its kind, `problems`, is none of a plugin's."""
+    empty = {"name": None, "package": None, "version": None, "description": None}
+    return {"kind": "problems", **empty, "error": str(problem), "hint": problem.hint}
 
 
 def _field(key: str, plugin: type[Plugin]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 from rscli.errors import RscliError
@@ -27,6 +29,29 @@ def secure() -> None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
     sys.stdout = cast(TextIO, _Answers(sys.stdout))
     sys.stderr = cast(TextIO, _Messages(sys.stderr))
+
+
+_answers: list[TextIO] = []
+"""The stdout of the command that runs, while everybody else's is stderr."""
+
+
+@contextmanager
+def diverted() -> Iterator[None]:
+    """While the body runs, what anybody prints goes to stderr; only `answers` still leads to stdout.
+
+    So nothing that a plugin or a library prints gets into an answer that a program reads.
+    """
+    _answers.append(sys.stdout)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = _answers.pop()
+
+
+def answers() -> TextIO:
+    """Where answers go: the stdout that the program was started with."""
+    return _answers[0] if _answers else sys.stdout
 
 
 class _Stream:

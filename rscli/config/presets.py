@@ -10,6 +10,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -104,16 +105,26 @@ def _files() -> list[_File]:
 def _of_package(entry: registry.Entry) -> Iterator[_File]:
     module = entry.target.partition(":")[0]
     try:
-        spec = find_spec(module)
-        folders = list(spec.submodule_search_locations or []) if spec else []
+        folders = _locate(module)
         problem = None if folders else f"there is no package {module}"
-    except (Exception, SystemExit) as cause:  # a parent package is imported, and may do anything
+    except Exception as cause:  # a finder of somebody else's, or a name that is none
         folders, problem = [], f"{module} cannot be located: {type(cause).__name__}: {cause}"
     if problem:
         yield _File(entry.name, entry, None, problem)
     for folder in folders:
         for path in sorted(Path(folder).glob("*.toml")):
             yield _File(path.stem, entry, path)
+
+
+def _locate(module: str) -> list[str]:
+    """The folders of a package. Not even its parents are imported, as `find_spec` would: they may do anything."""
+    first, *rest = module.split(".")
+    spec = find_spec(first)
+    for name in rest:
+        if spec is None:
+            break
+        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations or []))
+    return list(spec.submodule_search_locations or []) if spec else []
 
 
 def _one_a_folder(files: list[_File]) -> list[_File]:
