@@ -114,7 +114,7 @@ def test_what_was_there_before_is_kept(tmp_path):
 
 def test_a_device_is_not_replaced_and_not_read_to_its_end(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="is a device or a pipe"), replacing(tmp_path / "pipe"):
+    with pytest.raises(InputError, match="is a pipe, not a file"), replacing(tmp_path / "pipe"):
         pass
     with pytest.raises(InputError, match="is not a file"):
         whole_rows(tmp_path / "pipe")

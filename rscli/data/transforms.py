@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rscli.api import Augmentation, Transform
 from rscli.errors import InputError
+from rscli.runtime.files import check_regular
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # Exif 2.32, tag 274: what brings each stored orientation upright
@@ -41,10 +42,11 @@ def read_image(path: Path, channels: int) -> Image.Image:
     be read.
     """
     try:
+        check_regular(path)
         with Image.open(path) as image:
             image.load()
             return _flat(_eight_bit(_upright(image)), "L" if channels == 1 else "RGB")
-    except MemoryError:
+    except (MemoryError, InputError):
         raise
     except Exception as cause:  # decoders raise whatever a broken file trips: OSError, SyntaxError, ValueError, struct.error
         hint = "Replace the file, or take it out of the folder."

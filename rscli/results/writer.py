@@ -16,7 +16,7 @@ from rscli.errors import InputError, RscliError
 from rscli.results.protocol import agree, protocol_path, read_protocol
 from rscli.results.rows import HEADER, Row, format_row, parse_row
 from rscli.results.shards import missing_shards, part_path, parts_of, torn_of, union, whole_rows
-from rscli.runtime.files import opening, write_json, write_text, writing
+from rscli.runtime.files import opening, sync, write_json, write_text, writing
 
 SYNC_SECONDS = 1.0
 """Rows reach the operating system at once; the disk is waited for this often at most."""
@@ -46,10 +46,16 @@ class ResultWriter:
             raise _exists(path)
         with opening(path):
             try:
-                path.open("xb").close()  # claims the name, so that of two processes only one writes a protocol
+                Path(os.path.realpath(path)).open(
+                    "xb"
+                ).close()  # through a link; it claims the name, so that of two processes only one writes a protocol
             except FileExistsError as cause:
                 raise _exists(path) from cause
-        write_json(protocol_path(path), protocol)
+        try:
+            write_json(protocol_path(path), protocol)
+        except BaseException:
+            Path(os.path.realpath(path)).unlink(missing_ok=True)  # an empty result would stand in the way of the next try
+            raise
         return cls._begun(path)
 
     @classmethod
@@ -131,7 +137,7 @@ class ResultWriter:
         """Closes the file, with every row on the disk; a part without rows is removed. May be called again."""
         if not self._file.closed:
             with writing(self._target), self._file:
-                os.fsync(self._file.fileno())
+                sync(self._file.fileno())
             if self._target != self.path and self._size == len(HEADER):
                 self._target.unlink(missing_ok=True)
                 self._size = 0
@@ -150,7 +156,7 @@ class ResultWriter:
             while rest:
                 rest = rest[self._file.write(rest) :]
             if time.monotonic() - self._synced >= SYNC_SECONDS:
-                os.fsync(self._file.fileno())
+                sync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as cause:
             hint = "The rows before are saved. Make room, and run the same command with --resume."
