@@ -21,7 +21,8 @@ DEBUG = "RSCLI_DEBUG"
 def boundary(command: Callable[P, R]) -> Callable[P, R]:
     """Wraps a command: our own errors are printed without a traceback and answered with their exit code.
 
-    So are errors of the operating system. Ctrl-C answers 130. Anything else is a defect and keeps its traceback, as does everything with `--debug`.
+    So are errors of the operating system. Ctrl-C answers 130.
+    Anything else is a defect and keeps its traceback, as does everything with `--debug`.
     """
 
     @functools.wraps(command)
@@ -36,9 +37,9 @@ def boundary(command: Callable[P, R]) -> Callable[P, R]:
         except OSError as cause:  # what no reader or writer below has answered
             if os.environ.get(DEBUG):
                 raise
-            error = translated(cause)
-            show(error)
-            raise typer.Exit(error.exit_code) from None
+            in_words = translated(cause)
+            show(in_words)
+            raise typer.Exit(in_words.exit_code) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None

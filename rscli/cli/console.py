@@ -19,6 +19,6 @@ class Console(RichConsole):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, **options})
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """`text` as it stands, escaped for the eye."""
         return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})

@@ -46,9 +46,8 @@ class ResultWriter:
             raise _exists(path)
         with opening(path):
             try:
-                Path(os.path.realpath(path)).open(
-                    "xb"
-                ).close()  # through a link; it claims the name, so that of two processes only one writes a protocol
+                # Claims the name, so that of two processes only one writes a protocol; through a link that leads nowhere yet.
+                Path(os.path.realpath(path)).open("xb").close()
             except FileExistsError as cause:
                 raise _exists(path) from cause
         try:
