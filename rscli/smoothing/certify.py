@@ -24,6 +24,7 @@ from rscli.results.writer import ResultWriter
 from rscli.runtime.devices import environment
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest, stop_requests
+from rscli.runtime.text import same_name
 from rscli.sampling.autotune import Choice
 from rscli.sampling.blocks import BLOCK
 from rscli.sampling.options import SamplingOptions, Work
@@ -266,7 +267,7 @@ def _open(card: ModelCard, options: CertifyOptions) -> Split:
     problems.check()
     dataset = cast(Dataset, plugin)
     names = dataset.spec(options.data_dir).class_names
-    if names != card.spec.class_names:
+    if [*map(same_name, names)] != [*map(same_name, card.spec.class_names)]:
         raise InputError(
             f"the data has the classes {_some(names)}, but the model was trained on {_some(card.spec.class_names)}",
             "Labels could not be compared. Give the data set that the model was trained on (--data-dir, --set data.KEY=VALUE).",

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from rscli.api import FileImages
 from rscli.errors import InputError
+from rscli.runtime.text import same_name
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """What counts as an image, in any case of letters."""
@@ -19,8 +20,27 @@ T = TypeVar("T")
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in `folder`, sorted as torchvision's `ImageFolder` does; hidden ones are left out."""
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+    """The names of the folders in `folder` (NFC), sorted as torchvision's `ImageFolder` does; hidden ones are left out.
+
+    File systems keep an accent in one character or in two; a class is the same either way. Raises `InputError` if a class has
+    two folders.
+    """
+    return sorted(_by_class(folder))
+
+
+def class_folder(folder: Path, name: str) -> Path:
+    """The folder of the class `name` in `folder`, however its accents are kept; it need not be there."""
+    return folder / _by_class(folder).get(same_name(name), name)
+
+
+def _by_class(folder: Path) -> dict[str, str]:
+    """The folders in `folder`: class names in NFC, and the names on the disk."""
+    found: dict[str, str] = {}
+    for name in sorted(entry.name for entry in _entries(folder) if entry.is_dir()):
+        if found.setdefault(same_name(name), name) != name:
+            text = f"{folder} has two folders for the class {same_name(name)}: {found[same_name(name)]!a} and {name!a}"
+            raise InputError(text, "They differ only in how an accent is encoded (NFC or NFD): put their images together.")
+    return found
 
 
 def image_names(folder: Path) -> list[str]:
@@ -39,8 +59,10 @@ def list_images(folder: Path, classes: Sequence[str]) -> FileImages:
 
     paths: list[Path] = []
     labels: list[int] = []
+    folders = _by_class(folder)
     for label, name in enumerate(classes):
-        files = [folder / name / file for file in image_names(folder / name)]
+        place = folder / folders.get(name, name)
+        files = [place / file for file in image_names(place)]
         paths += files
         labels += [label] * len(files)
     return FileImages(paths, np.array(labels, np.int64))

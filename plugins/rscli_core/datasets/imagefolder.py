@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from rscli.api import Augmentation, Dataset, DataSpec, FileImages, Finding, Transform, unit
 from rscli.errors import InputError
-from rscli_core.datasets._folders import class_folders, count, has_images, image_names, list_images, name_some
+from rscli_core.datasets._folders import class_folder, class_folders, count, has_images, image_names, list_images, name_some
 
 MEMORY_LIMIT = 2**30
 """With `cache = "auto"`, the decoded images of a split are held in memory up to this many bytes."""
@@ -71,7 +71,9 @@ class ImageFolder(Dataset):
             std=self.std,
             test_transform=Transform(channels=self.channels, resize=self.size, crop=(self.size, self.size)),
             augmentation=AUGMENTATIONS[self.augment],
-            sizes={name: sum(len(image_names(self._find(name, home) / each)) for each in classes) for name in splits},
+            sizes={
+                name: sum(len(image_names(class_folder(self._find(name, home), each))) for each in classes) for name in splits
+            },
         )
 
     def load(self, split: str, root: Path, *, download: bool = False) -> FileImages:
@@ -124,7 +126,7 @@ class ImageFolder(Dataset):
             raise InputError(
                 f"{folder} has {count(len(classes), 'class folder')}; a classifier needs two", _expected(folder.parent)
             )
-        if empty := [name for name in classes if not has_images(folder / name)]:
+        if empty := [name for name in classes if not has_images(class_folder(folder, name))]:
             formats = "png, jpg, bmp, gif, webp, tif or ppm"
             raise InputError(f"class folders of {folder} without images: {name_some(empty)}", f"Put {formats} files there.")
         return classes
