@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rscli.api import Augmentation, Transform
 from rscli.errors import InputError
-from rscli.runtime.files import check_regular
+from rscli.runtime.files import check_regular, explained
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # Exif 2.32, tag 274: what brings each stored orientation upright
@@ -49,6 +49,8 @@ def read_image(path: Path, channels: int) -> Image.Image:
     except (MemoryError, InputError):
         raise
     except Exception as cause:  # decoders raise whatever a broken file trips: OSError, SyntaxError, ValueError, struct.error
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise explained(cause, f"cannot read the image {path}") from cause
         hint = "Replace the file, or take it out of the folder."
         raise InputError(f"cannot read the image {path}: {_reason(cause)}", hint) from cause
 

@@ -12,6 +12,7 @@ from rscli.errors import InputError
 from rscli.results.protocol import read_protocol
 from rscli.results.rows import FIELD_COLUMNS, Row, broken, cells_of, parse_row
 from rscli.results.shards import missing_shards, parts_of, result_of, union, whole_rows
+from rscli.runtime.files import check_regular, explained
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,13 +84,14 @@ def read_results(path: Path) -> Results:
 
 def _text(path: Path) -> str:
     try:
+        check_regular(path)
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as cause:
         raise InputError(f"there is no result file {path}", "`rscli certify` writes one.") from cause
     except UnicodeDecodeError as cause:
         raise InputError(f"{path} is not a result file: it is not text", _EXPECTED) from cause
     except OSError as cause:
-        raise InputError(f"the result file {path} cannot be read: {cause}") from cause
+        raise explained(cause, f"the result file {path} cannot be read") from cause
 
 
 _EXPECTED = f"A result file has columns separated by tabs, and a header with at least {' '.join(FIELD_COLUMNS)}."

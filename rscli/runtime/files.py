@@ -44,12 +44,14 @@ OLD_SECONDS = 3600.0
 """A file that another machine was writing is taken for abandoned after this time without a change."""
 
 
-def explained(cause: OSError, text: str = "the system refused", hint: str | None = None) -> RscliError:
+def explained(cause: OSError, text: str | None = None, hint: str | None = None) -> RscliError:
     """`cause` in words: `text`, what the system said, the path, and what to do (`hint`, where the number says nothing).
 
     An `RscliError` (exit code 1) if there is no room, which will pass; an `InputError` (2) for anything else.
     """
     paths = [os.fsdecode(each) for each in (cause.filename, cause.filename2) if isinstance(each, str | bytes)]
+    if text is None:
+        text = f"cannot access {paths[0]}" if paths else "the operating system refused"
     named = [path for path in paths if path not in text]
     said = f"{text}: {cause.strerror or cause}" + (f" ({', '.join(named)})" if named else "")
     kind = RscliError if cause.errno in FULL else InputError
@@ -84,6 +86,22 @@ def check_regular(path: Path) -> None:
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         raise InputError(f"{path} is {_kind(mode)}, not a file", "Name a file.")
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[Path]:
+    """While the body runs, the file `path` is open; gives a path to it for libraries that take only UTF-8.
+
+    Raises `InputError` if it is a folder, a device or a pipe, and `OSError` if the system refuses.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError:
+            yield Path(f"/dev/fd/{file.fileno()}")
+        else:
+            yield path
 
 
 def sync(descriptor: int) -> None:
