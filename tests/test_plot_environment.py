@@ -26,6 +26,8 @@ SURROUNDINGS = {
     "no home": ({"HOME": "/proc/nowhere", "MPLCONFIGDIR": "/proc/nowhere"}, ""),
 }
 
+NAMES = ["_hidden", "$\\frac", "a_b^c$", "caf\udce9", "模型", "\u05d0\u05d1", "a\x1b[2J", "a:x:b", "<b>&"]
+
 
 def drawn(folder, environment):
     """The bytes of a PNG and what was said, of a process with the environment."""

@@ -21,6 +21,7 @@ from PIL import Image
 
 from rscli.cli.console import Console
 from rscli.cli.streams import _Messages
+from rscli.config.files import read_settings
 from rscli.data.splits import FileSplit
 from rscli.errors import InputError
 from rscli.report.export import to_csv, to_json
@@ -184,6 +185,34 @@ def test_compare_answers_in_any_encoding(tmp_path, name, encoding):
     missing = rscli(["compare", f"no-{name}"], tmp_path, PYTHONIOENCODING=encoding)
     assert missing.returncode == 2
     assert missing.stderr.startswith(b"error: there is no result file")
+
+
+# --- configurations as editors write them ---
+
+
+@pytest.mark.parametrize(("name", "text"), [("c.toml", "epochs = 1\n"), ("c.json", '{"epochs": 1}')])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark_is_read(name, text, encoding, tmp_path):
+    (tmp_path / name).write_text(text, encoding=encoding)
+    assert read_settings(tmp_path / name) == {"epochs": 1}
+
+
+YAML = ["epochs: 90\n", "---\nepochs: 90\n", "# mine\n\noptimizer:\n  lr: 0.1\n", "- a: 1\n", "lr : 1\nepochs: 2\n"]
+
+
+@pytest.mark.parametrize("name", ["c.toml", "c.yaml", "c.yml"])
+@pytest.mark.parametrize("text", YAML)
+def test_yaml_by_mistake_is_named(text, name, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="is YAML"):
+        read_settings(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["epochs = \n", "a = 1: 2\n", "[data\nname = 'x: y'\n", "x = '12:30\n"])
+def test_broken_toml_is_not_taken_for_yaml(text, tmp_path):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(InputError, match="is not valid TOML: .*line 1"):
+        read_settings(tmp_path / "c.toml")
 
 
 # --- names of files and classes ---

@@ -9,7 +9,7 @@ from typing import Any
 from rscli.config.decode import LARGEST_JSON, LARGEST_TOML, check_size, decode_json, decode_toml
 from rscli.errors import InputError
 
-_YAML = re.compile(r"\A(?:\s|#[^\n]*\n)*(?:---\s|(?:- +)?[\w.\"'-]+:(?:\s|\Z))")
+_YAML = re.compile(r"\A(?:\s|#[^\n]*\n)*(?:---\s|(?:- +)?[\w.\"'-]+ *:(?:\s|\Z))")
 """How YAML begins, after comments: with `---`, or `key:`."""
 
 _IN_TOML = "Write `epochs = 90` for `epochs: 90`, and a section as `[optimizer]`; `rscli presets show NAME` shows a file."
