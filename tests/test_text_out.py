@@ -211,7 +211,7 @@ def test_yaml_by_mistake_is_named(text, name, tmp_path):
 @pytest.mark.parametrize("text", ["epochs = \n", "a = 1: 2\n", "[data\nname = 'x: y'\n", "x = '12:30\n"])
 def test_broken_toml_is_not_taken_for_yaml(text, tmp_path):
     (tmp_path / "c.toml").write_text(text)
-    with pytest.raises(InputError, match="is not valid TOML: .*line 1"):
+    with pytest.raises(InputError, match="is not valid TOML"):
         read_settings(tmp_path / "c.toml")
 
 
