@@ -15,7 +15,7 @@ TORCH = {"python", "runtime", "data", "models", "results", "sampling", "smoothin
 SLOW = {"torch", "timm", "torchvision", "sklearn", "matplotlib", "pandas"}
 
 ORDER = (
-    "errors", "api", "stats", "registry", "plugin_files", "config", "runtime", "data", "models", "results", "sampling",
+    "errors", "text", "api", "stats", "registry", "plugin_files", "config", "runtime", "data", "models", "results", "sampling",
     "smoothing", "training", "doctor", "report", "python", "cli",
 )  # fmt: skip
 MAY_IMPORT = {layer: set(ORDER[:place]) for place, layer in enumerate(ORDER)}

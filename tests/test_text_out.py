@@ -28,7 +28,7 @@ from rscli.report.export import to_csv, to_json
 from rscli.report.render import FORMATS, print_tables, render
 from rscli.report.summary import compare
 from rscli.results.reader import read_results
-from rscli.runtime.text import encodable, json_text, one_line, same_name, visible
+from rscli.text import encodable, json_text, one_line, same_name, visible
 from rscli_core.datasets.imagefolder import ImageFolder
 
 HOSTILE = {

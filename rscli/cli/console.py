@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from rscli.runtime.text import visible
+from rscli.text import visible
 
 
 class Console(RichConsole):

@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from rscli.runtime.text import json_text, visible
+from rscli.text import json_text, visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

@@ -112,6 +112,6 @@ def _field(key: str, plugin: type[Plugin]) -> dict[str, Any]:
 
 
 def _escape(text: str) -> str:
-    from rscli.runtime.text import one_line
+    from rscli.text import one_line
 
     return one_line(text)

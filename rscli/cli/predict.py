@@ -76,8 +76,8 @@ def _show(predictions: list[Prediction], norm: str | None) -> None:
     from rich.table import Table
 
     from rscli.cli.output import stderr, stdout
-    from rscli.runtime.text import one_line
     from rscli.stats.metrics import round_down
+    from rscli.text import one_line
 
     table = Table("image", "class", "share", *([f"{norm} radius"] if norm else []), box=None, pad_edge=False)
     for p in predictions:

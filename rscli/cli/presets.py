@@ -30,7 +30,7 @@ def listing(context: typer.Context, json: opt.Json = False) -> None:
 
     from rscli.cli.output import emit_json, stdout
     from rscli.config.presets import list_presets
-    from rscli.runtime.text import one_line
+    from rscli.text import one_line
 
     found = list_presets()
     if json:

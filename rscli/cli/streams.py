@@ -13,7 +13,7 @@ import sys
 from typing import Any, TextIO, cast
 
 from rscli.errors import RscliError
-from rscli.runtime.text import encodable, visible
+from rscli.text import encodable, visible
 
 COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 """What rich writes to colour text, and the only escape that passes to a stream that is not a terminal."""

@@ -128,7 +128,7 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
 
     from rscli.cli.output import emit_json, stdout
     from rscli.config.settings import dotted, leaves
-    from rscli.runtime.text import one_line
+    from rscli.text import one_line
     from rscli.training.train import outlook
 
     plans = [outlook(resolved, how) for resolved, how in runs]

@@ -9,8 +9,8 @@ from io import StringIO
 from typing import Any
 
 from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
-from rscli.runtime.text import one_line
 from rscli.stats import paired
+from rscli.text import one_line
 
 SCHEMA = 1
 """Rises when a column or key is renamed, removed, or changes its meaning."""

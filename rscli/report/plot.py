@@ -18,8 +18,8 @@ from rscli.report.comparison import LEVEL, Comparison
 from rscli.report.tables import acr_text
 from rscli.results.reader import Results
 from rscli.runtime.files import replacing
-from rscli.runtime.text import one_line
 from rscli.stats import bounds
+from rscli.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

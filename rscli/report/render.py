@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rscli.report.comparison import Comparison
 from rscli.report.export import to_csv, to_json
 from rscli.report.tables import Cell, Table, tables, widths
-from rscli.runtime.text import one_line, visible
+from rscli.text import one_line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,7 +15,7 @@ from typing import Any
 
 from rscli.config.decode import LARGEST_JSON, check_size, decode_json
 from rscli.errors import InputError, RscliError
-from rscli.runtime.text import json_text
+from rscli.text import json_text
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when there is no room: on the disk, for this user, or for so large a file."""

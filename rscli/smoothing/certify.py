@@ -24,7 +24,6 @@ from rscli.results.writer import ResultWriter
 from rscli.runtime.devices import environment
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest, stop_requests
-from rscli.runtime.text import same_name
 from rscli.sampling.autotune import Choice
 from rscli.sampling.blocks import BLOCK
 from rscli.sampling.options import SamplingOptions, Work
@@ -35,6 +34,7 @@ from rscli.smoothing.images import Images, row_of
 from rscli.smoothing.radii import decided_radii
 from rscli.smoothing.summary import Score, Tally
 from rscli.smoothing.work_queue import Ranks, join
+from rscli.text import same_name
 
 LONG_RUN = 1_000_000
 """From so many samples on, a trial at the start looks for the fastest batch size and layout."""

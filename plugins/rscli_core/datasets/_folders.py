@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import TypeVar
 
 from rscli.api import FileImages
 from rscli.errors import InputError
-from rscli.runtime.text import same_name
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """What counts as an image, in any case of letters."""
@@ -30,15 +30,15 @@ def class_folders(folder: Path) -> list[str]:
 
 def class_folder(folder: Path, name: str) -> Path:
     """The folder of the class `name` in `folder`, however its accents are kept; it need not be there."""
-    return folder / _by_class(folder).get(same_name(name), name)
+    return folder / _by_class(folder).get(_composed(name), name)
 
 
 def _by_class(folder: Path) -> dict[str, str]:
     """The folders in `folder`: class names in NFC, and the names on the disk."""
     found: dict[str, str] = {}
     for name in sorted(entry.name for entry in _entries(folder) if entry.is_dir()):
-        if found.setdefault(same_name(name), name) != name:
-            text = f"{folder} has two folders for the class {same_name(name)}: {found[same_name(name)]!a} and {name!a}"
+        if found.setdefault(_composed(name), name) != name:
+            text = f"{folder} has two folders for the class {_composed(name)}: {found[_composed(name)]!a} and {name!a}"
             raise InputError(text, "They differ only in how an accent is encoded (NFC or NFD): put their images together.")
     return found
 
@@ -66,6 +66,11 @@ def list_images(folder: Path, classes: Sequence[str]) -> FileImages:
         paths += files
         labels += [label] * len(files)
     return FileImages(paths, np.array(labels, np.int64))
+
+
+def _composed(name: str) -> str:
+    """`name` with each accent in one character (NFC), for comparison."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
