@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from rscli.image_files import (
     COMMON_SUFFIXES,
     ImageListing,
+    class_folder,
     class_folders,
     has_images,
     list_images,
@@ -748,6 +749,7 @@ __all__ = [
     "TrainContext",
     "TrainStep",
     "Transform",
+    "class_folder",
     "class_folders",
     "fields_of",
     "has_images",

@@ -8,6 +8,7 @@ the same fingerprint, everywhere.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,26 +17,13 @@ from pathlib import Path
 from rscli.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
-    (
-        *(
-            ".png",
-            ".apng",
-            ".jpg",
-            ".jpeg",
-            ".jpe",
-            ".jfif",
-            ".gif",
-            ".webp",
-            ".avif",
-            ".avifs",
-            ".bmp",
-            ".dib",
-            ".tif",
-            ".tiff",
-        ),
-        *(".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm"),
-        *(".qoi", ".tga", ".pcx", ".ico", ".sgi", ".bw", ".rgb", ".rgba", ".ras", ".dds", ".xbm", ".xpm", ".psd"),
+    f".{name}"
+    for names in (
+        "png apng jpg jpeg jpe jfif gif webp avif avifs bmp dib tif tiff",
+        "jp2 j2k jpc jpf jpx j2c ppm pgm pbm pnm",
+        "qoi tga pcx ico sgi bw rgb rgba ras dds xbm xpm psd",
     )
+    for name in names.split(" ")
 )
 """The suffixes of images, in lower case: formats whose 8- or 16-bit pixels Pillow itself decodes.
 
@@ -116,11 +104,33 @@ def find_images(paths: Iterable[Path]) -> ImageListing:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in `folder`, sorted, without hidden ones and `__MACOSX`; none if it is no folder.
+    """The names of the folders in `folder` (NFC), sorted, without hidden ones and `__MACOSX`; none if it is no folder.
 
-    Raises `InputError` if it cannot be read.
+    File systems keep an accent in one character or in two (NFC, NFD): a class is the same either way. Raises `InputError` if
+    the folder cannot be read, or if a class has two folders.
     """
-    return sorted(entry.name for entry in _entries(folder) if _ask(entry.is_dir)) if folder.is_dir() else []
+    return sorted(_by_class(folder))
+
+
+def class_folder(folder: Path, name: str) -> Path:
+    """The folder of the class `name` in `folder`, however its accents are kept; it need not be there."""
+    return folder / _by_class(folder).get(_composed(name), name)
+
+
+def _by_class(folder: Path) -> dict[str, str]:
+    """The folders in `folder`: class names in NFC, and the names on the disk."""
+    found: dict[str, str] = {}
+    names = [entry.name for entry in _entries(folder) if _ask(entry.is_dir)] if folder.is_dir() else []
+    for name in sorted(names):
+        if found.setdefault(_composed(name), name) != name:
+            text = f"{folder} has two folders for the class {_composed(name)}: {found[_composed(name)]!a} and {name!a}"
+            raise InputError(text, "They differ only in how an accent is encoded (NFC or NFD): put their images together.")
+    return found
+
+
+def _composed(name: str) -> str:
+    """`name` with each accent in one character (NFC)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _walk(top: Path, skipped: Counter[str]) -> Iterator[tuple[Path, list[str]]]:

@@ -15,8 +15,8 @@ TORCH = {"python", "runtime", "data", "models", "results", "sampling", "smoothin
 SLOW = {"torch", "timm", "torchvision", "sklearn", "matplotlib", "pandas"}
 
 ORDER = (
-    "errors", "image_files", "api", "stats", "distributions", "registry", "plugin_files", "plugin_trial", "config", "runtime",
-    "data", "models", "results", "sampling", "smoothing", "training", "doctor", "report", "python", "cli",
+    "errors", "text", "image_files", "api", "stats", "distributions", "registry", "plugin_files", "plugin_trial", "config",
+    "runtime", "data", "models", "results", "sampling", "smoothing", "training", "doctor", "report", "python", "cli",
 )  # fmt: skip
 MAY_IMPORT = {layer: set(ORDER[:place]) for place, layer in enumerate(ORDER)}
 MAY_IMPORT |= {

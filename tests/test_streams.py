@@ -115,7 +115,7 @@ def test_what_was_there_before_is_kept(tmp_path):
 
 def test_a_device_is_not_replaced_and_not_read_to_its_end(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="is a device or a pipe"), replacing(tmp_path / "pipe"):
+    with pytest.raises(InputError, match="is a pipe, not a file"), replacing(tmp_path / "pipe"):
         pass
     with pytest.raises(InputError, match="is not a file"):
         whole_rows(tmp_path / "pipe")
@@ -148,7 +148,7 @@ def test_a_signal_while_modules_are_read_is_said_in_a_line(tmp_path, number, cod
     """`rich.table` stands for any module that takes its time: `rscli presets` reads it."""
     (tmp_path / "rich").mkdir()
     (tmp_path / "rich/__init__.py").write_text("")
-    (tmp_path / "rich/markup.py").write_text(module)
+    (tmp_path / "rich/table.py").write_text(module)
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-c", "from rscli.cli.app import main; main()", "presets"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -29,9 +29,10 @@ def main() -> None:
                 app()
             finally:
                 sys.stdout.flush()  # here a full disk can still be reported; when the interpreter ends it could not
-        except RscliError as error:  # from outside the commands: --help, --version, and the flush
+        except (RscliError, OSError) as cause:  # from outside the commands: --help, --version, --plugin, and the flush
             if os.environ.get(boundary.DEBUG):
                 raise
+            error = boundary.translated(cause) if isinstance(cause, OSError) else cause
             boundary.show(error)
             sys.exit(error.exit_code)
 

@@ -22,7 +22,8 @@ DEBUG = "RSCLI_DEBUG"
 def boundary(command: Callable[P, R]) -> Callable[P, R]:
     """Wraps a command: our own errors are printed without a traceback and answered with their exit code.
 
-    Ctrl-C answers 130. Anything else is a defect and keeps its traceback, as does everything with `--debug`.
+    So are errors of the operating system. Ctrl-C answers 130.
+    Anything else is a defect and keeps its traceback, as does everything with `--debug`.
     """
 
     @functools.wraps(command)
@@ -35,11 +36,24 @@ def boundary(command: Callable[P, R]) -> Callable[P, R]:
                 raise
             show(error)
             raise typer.Exit(error.exit_code) from None
+        except OSError as cause:  # what no reader or writer below has answered
+            if os.environ.get(DEBUG):
+                raise
+            in_words = translated(cause)
+            show(in_words)
+            raise typer.Exit(in_words.exit_code) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
 
     return run
+
+
+def translated(cause: OSError) -> RscliError:
+    """An error of the operating system in words."""
+    from rscli.runtime.files import explained
+
+    return explained(cause)
 
 
 def show(error: RscliError) -> None:
@@ -48,9 +62,9 @@ def show(error: RscliError) -> None:
 
     console = stderr()
     if isinstance(error, Stopped):  # its message begins with that word
-        console.print(error.message, style="yellow", markup=False)
+        console.print(error.message, style="yellow")
     else:
         console.print("error:", style="bold red", end=" ")
-        console.print(error.message, markup=False)
+        console.print(error.message)
     if error.hint:
-        console.print(error.hint, style="dim", markup=False)
+        console.print(error.hint, style="dim")

@@ -69,7 +69,7 @@ def compare(
     from rscli.report.summary import compare as compared
     from rscli.results.protocol import protocol_path
     from rscli.results.reader import read_results
-    from rscli.runtime.files import write_text
+    from rscli.runtime.files import write_answer
 
     form = Format.json if json else form
     if plot is not None:
@@ -84,11 +84,11 @@ def compare(
     if published or reproduces is not None:
         comparison = with_published(comparison, reproduces)
     for note in comparison.notes:
-        stderr().print(f"warning: {note}", style="yellow", markup=False)
+        stderr().print(f"warning: {note}", style="yellow")
     if plot is not None:
         save_plot(comparison, plot)
     if out is not None:
-        write_text(out, render(comparison, form))
+        write_answer(out, render(comparison, form))
     elif form is Format.table:
         print_tables(comparison, stdout())
     else:

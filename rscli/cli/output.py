@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rscli.cli.streams import answers
+from rscli.text import json_text, visible
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+    from rscli.cli.console import Console
     from rscli.runtime.progress import Progress
 
 PIPE_WIDTH = 100_000
@@ -26,7 +26,7 @@ LINE_SECONDS = 10.0
 
 def stdout() -> Console:
     """The console for answers. Not cut to a width when piped; NO_COLOR is honoured."""
-    from rich.console import Console
+    from rscli.cli.console import Console
 
     out = answers()
     return Console(file=out, soft_wrap=not out.isatty(), width=None if out.isatty() else PIPE_WIDTH)
@@ -34,20 +34,25 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     """The console for messages and progress."""
-    from rich.console import Console
+    from rscli.cli.console import Console
 
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def emit_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    answers().write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    """One JSON document on stdout, in ASCII: valid whatever the stream's encoding, and whatever bytes a file's name has."""
+    answers().write(json_text(value, ascii_only=True, default=str) + "\n")
 
 
 def emit_json_line(value: Any) -> None:
-    """One JSON line on stdout, at once."""
-    answers().write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    """One JSON line on stdout, in ASCII, at once."""
+    answers().write(json_text(value, indent=None, ascii_only=True, default=str) + "\n")
     answers().flush()
+
+
+def say(text: str) -> None:
+    """A plain line on stderr, at once, escaped for the eye."""
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def listener(quiet: bool) -> Progress:
@@ -74,7 +79,7 @@ class QuietProgress:
 
     def warn(self, text: str) -> None:
         """A line on stderr."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        say(f"warning: {text}")
 
 
 class LineProgress:
@@ -105,11 +110,11 @@ class LineProgress:
 
     def note(self, text: str) -> None:
         """A line."""
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
     def warn(self, text: str) -> None:
         """A line marked as a warning."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        say(f"warning: {text}")
 
     def _say(self, done: int, figures: dict[str, str]) -> None:
         now = time.monotonic()
@@ -118,7 +123,7 @@ class LineProgress:
         left = (now - self._began) / fresh * (self._total - done) if fresh else None
         eta = "" if left is None else f", {timedelta(seconds=int(left))} left"
         shown = "".join(f", {name} {value}" for name, value in figures.items())
-        print(f"{self._task} {done}/{self._total} {self._unit}{shown}{eta}", file=sys.stderr, flush=True)
+        say(f"{self._task} {done}/{self._total} {self._unit}{shown}{eta}")
 
 
 class BarProgress:
@@ -134,11 +139,11 @@ class BarProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn(unit),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn(unit, markup=False),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
@@ -161,8 +166,8 @@ class BarProgress:
 
     def note(self, text: str) -> None:
         """A line above the bar."""
-        self._console.print(text, markup=False)
+        self._console.print(text)
 
     def warn(self, text: str) -> None:
         """A yellow line above the bar."""
-        self._console.print(f"warning: {text}", style="yellow", markup=False)
+        self._console.print(f"warning: {text}", style="yellow")

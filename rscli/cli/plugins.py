@@ -48,7 +48,7 @@ def listing(context: typer.Context, json: opt.Json = False, _plugin: opt.PluginF
         return
     table = Table("kind", "name", "package", "version", "description", box=None, pad_edge=False)
     for row in rows:
-        text = f"[red]broken:[/] {_escape(row['error'])}" if row["error"] else _escape(row["description"])
+        text = f"broken: {_escape(row['error'])}" if row["error"] else _escape(row["description"])
         table.add_row(row["kind"], row["name"], row["package"], row["version"], text)
     console = stdout()
     console.print(table)
@@ -80,8 +80,8 @@ def info(
         emit_json({"kind": kind, "name": origin.name, "package": origin.package, "version": origin.version, "fields": fields})
         return
     console = stdout()
-    console.print(f"{kind}: {origin.name} ({origin.package} {origin.version})\n", markup=False)
-    console.print(getdoc(plugin) or "", markup=False, highlight=False)
+    console.print(f"{kind}: {origin.name} ({origin.package} {origin.version})\n")
+    console.print(getdoc(plugin) or "", highlight=False)
     table = Table("setting", "type", "default", "bounds", "unit", "meaning", box=None, pad_edge=False)
     for row in fields:
         table.add_row(*(_escape(str(row[key])) for key in ("name", "type", "default", "bounds", "unit", "description")))
@@ -128,6 +128,6 @@ def _field(key: str, plugin: type[Plugin]) -> dict[str, Any]:
 
 
 def _escape(text: str) -> str:
-    from rich.markup import escape
+    from rscli.text import one_line
 
-    return escape(text)
+    return one_line(text)

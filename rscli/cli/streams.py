@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 from rscli.errors import RscliError
+from rscli.text import encodable, visible
+
+COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+"""What rich writes to colour text, and the only escape that passes to a stream that is not a terminal."""
+
+CONTROL = re.compile(r"(\x1b\[\??[0-9;]*[A-HJKSThlm]|\r)")
+"""On a terminal also what moves the cursor, erases and scrolls: rich's bars live on it."""
 
 
 def secure() -> None:
@@ -55,20 +63,25 @@ def answers() -> TextIO:
 
 
 class _Stream:
-    """A text stream that is asked what to do when the system refuses to write."""
+    """A text stream that is asked what to do when the system refuses to write.
+
+    It never refuses a character: what its encoding lacks is spelled in ASCII, what a terminal would obey is escaped. The
+    strings of our own consoles are escaped before they are coloured (`rscli.cli.console`); here come those of libraries.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._passing = CONTROL if stream.isatty() else COLOUR
 
     def write(self, text: str) -> int:
         """Writes `text`; see the class for what happens if it cannot be written."""
         if text == "":  # click tries this on, and would take no notice of a refusal
             return 0
         try:
-            return self._stream.write(text)
+            self._stream.write(self._shown(text))
         except OSError as cause:
             self.refused(cause)
-            return len(text)
+        return len(text)
 
     def flush(self) -> None:
         """Hands everything to the system."""
@@ -76,6 +89,11 @@ class _Stream:
             self._stream.flush()
         except OSError as cause:
             self.refused(cause)
+
+    def _shown(self, text: str) -> str:
+        pieces = self._passing.split(text)  # every second one is an escape that may pass
+        shown = "".join(piece if place % 2 else visible(piece) for place, piece in enumerate(pieces))
+        return encodable(shown, self._stream.encoding or "utf-8")
 
     def refused(self, cause: OSError) -> None:
         """What to do about it."""

@@ -127,11 +127,11 @@ def _check_unused(runs: list[Run]) -> None:
 
 def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     """The dry run: configuration with sources, size of the network, steps, files; several runs differ in seed and files."""
-    from rich.markup import escape
     from rich.table import Table
 
     from rscli.cli.output import emit_json, stdout
     from rscli.config.settings import dotted, leaves
+    from rscli.text import one_line
     from rscli.training.train import outlook
 
     plans = [outlook(resolved, how) for resolved, how in runs]
@@ -148,7 +148,7 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     for path, value in leaves(resolved.as_dict()):
         key = dotted(path)
         shown = (key, seeds if key == "seed" else str(value), resolved.sources.get(key, "default"))
-        table.add_row(*map(escape, shown))
+        table.add_row(*map(one_line, shown))
     console = stdout()
     console.print(table)
     images = "unknown until the data are there" if plan.images is None else f"{plan.images:,}"
@@ -158,4 +158,4 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     chunks = f" (each batch in {plan.chunks} chunks, a step each)" if plan.chunks > 1 else ""
     console.print(f"steps per epoch  {steps}{chunks}", highlight=False)
     files = [str(file) for plan in plans for file in plan.files]
-    console.print("would write     " + "\n                ".join(files), highlight=False, markup=False)
+    console.print("would write     " + "\n                ".join(files), highlight=False)

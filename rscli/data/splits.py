@@ -25,6 +25,7 @@ from torch.utils import data as torch_data
 from rscli.api import Augmentation, Dataset, DataSpec, FileImages, MemoryImages, Transform
 from rscli.data.transforms import Moves, apply_moves, augment, draw_moves, load_image, load_resized_crop, moves_images
 from rscli.errors import InputError
+from rscli.runtime.files import explained
 from rscli.runtime.guard import broken, calling
 from rscli.runtime.readers import read, stay_in_the_background
 from rscli.runtime.seeds import derive, generator
@@ -218,7 +219,7 @@ class FileSplit(Split):
     def _file_fingerprint(self) -> str:
         paths = [self.path(i) for i in range(len(self))]
         common = os.path.commonpath({path.parent for path in paths})
-        lines = (f"{path.relative_to(common).as_posix()}\t{_size(path)}\n".encode() for path in paths)
+        lines = (os.fsencode(path.relative_to(common).as_posix()) + f"\t{_size(path)}\n".encode() for path in paths)
         return _digest(*lines, _label_bytes(self.labels))
 
     def image(self, index: int) -> Tensor:
@@ -327,7 +328,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as cause:
-        raise InputError(f"cannot read the image {path}: {cause.strerror}", "Restore the file.") from cause
+        raise explained(cause, f"cannot read the image {path}", "Restore the file.") from cause
 
 
 def _digest(*blocks: bytes | memoryview) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import stat
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from rscli.api import Augmentation, Transform
 from rscli.errors import InputError
+from rscli.runtime.files import check_regular, explained
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # Exif 2.32, tag 274: what brings each stored orientation upright
@@ -61,8 +61,7 @@ def read_image(path: Path, channels: int) -> Image.Image:
     Raises `InputError`, naming the file, if it cannot be read, is no regular file, or would be a decompression bomb.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("it is no regular file")
+        check_regular(path)
         # Pillow opens no path: it would map an uncompressed TIFF of orientation 5 to 8 into memory with rows of a wrong length.
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # about metadata, palettes and sizes; what matters is raised
@@ -71,9 +70,11 @@ def read_image(path: Path, channels: int) -> Image.Image:
                 image.load()
                 flat = _flat(_eight_bit(image, level), "L" if channels == 1 else "RGB")
                 return _upright(flat, image)
-    except MemoryError:
+    except (MemoryError, InputError):
         raise
     except Exception as cause:  # decoders raise whatever a broken file trips: OSError, SyntaxError, ValueError, struct.error
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise explained(cause, f"cannot read the image {path}") from cause
         hint = "Replace the file, or take it out of the folder."
         raise InputError(f"cannot read the image {path}: {_reason(cause)}", hint) from cause
 

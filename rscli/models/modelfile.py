@@ -29,7 +29,7 @@ from rscli.models.network import Classifier, build_classifier, no_larger_than
 from rscli.models.smoothed import Smoothed, Source
 from rscli.plugin_files import from_file
 from rscli.registry import Registry, installed
-from rscli.runtime.files import replacing
+from rscli.runtime.files import explained, open_regular, replacing
 
 
 def save_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
@@ -136,7 +136,7 @@ def _missing(path: Path) -> InputError:
 
 def _read(path: Path, weights: bool = True) -> tuple[dict[str, Tensor], str]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_regular(path) as opened, safe_open(opened, framework="pt") as file:
             metadata = file.metadata() or {}
             if "rscli" not in metadata:
                 raise InputError(
@@ -146,6 +146,8 @@ def _read(path: Path, weights: bool = True) -> tuple[dict[str, Tensor], str]:
             names = file.keys() if weights else ()
             return {name: file.get_tensor(name) for name in names}, metadata["rscli"]
     except (SafetensorError, OSError, ValueError) as cause:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise explained(cause, f"the model file {path} cannot be read") from cause
         raise InputError(
             f"{path} is not a whole safetensors file: {cause}",
             "It may be truncated, or of another kind (a checkpoint of torch.save, say). Copy it again, or train anew.",

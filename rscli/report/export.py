@@ -10,6 +10,7 @@ from typing import Any
 
 from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
 from rscli.stats import paired
+from rscli.text import one_line
 
 SCHEMA = 1
 """Rises when a column or key is renamed, removed, or changes its meaning."""
@@ -32,8 +33,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def to_json(comparison: Comparison) -> str:
-    """`as_json` as text."""
-    return json.dumps(as_json(comparison), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """`as_json` as text, in ASCII: any stream and file can take it, whatever the names of the results."""
+    return json.dumps(as_json(comparison), indent=2, allow_nan=False) + "\n"
 
 
 def to_csv(comparison: Comparison) -> str:
@@ -49,8 +50,16 @@ def to_csv(comparison: Comparison) -> str:
     lines = [{**line, **_published(published.get(line["name"]), line["radius"])} for line in lines]
     writer = csv.DictWriter(page, list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows([{column: _cell(value) for column, value in line.items()} for line in lines])
     return page.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """`value` as a cell. Text that a spreadsheet would run as a formula gets an apostrophe in front (OWASP, CSV injection)."""
+    if not isinstance(value, str):
+        return value
+    text = one_line(value)
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 def _lines(summary: Summary, difference: Difference | None) -> list[dict[str, Any]]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +19,7 @@ from rscli.report.tables import acr_text
 from rscli.results.reader import Results
 from rscli.runtime.files import replacing
 from rscli.stats import bounds
+from rscli.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,13 +65,39 @@ def check_plot_path(path: Path) -> None:
 def save_plot(comparison: Comparison, path: Path) -> None:
     """Draws the comparison and writes it to `path`, atomically, as its suffix says (.png, .svg, .pdf). Needs no display."""
     check_plot_path(path)
-    from matplotlib import rc_context
-
     suffix, page = path.suffix.lower(), BytesIO()
-    with rc_context(STYLE):
+    with _own_settings(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a box stands for it, as everywhere
         draw(comparison).savefig(page, format=suffix[1:], dpi=200, metadata=METADATA[suffix])
     with replacing(path) as beside:
         beside.write_bytes(page.getbuffer())
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """While the body draws, matplotlib's defaults and `STYLE` hold, whatever MPLBACKEND and a matplotlibrc say.
+
+    A backend that does not exist would fail the import, and a matplotlibrc that is broken be complained of. Both are looked
+    at only when matplotlib is imported first.
+    """
+    before = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"
+    log = logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        import matplotlib
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE)
+            yield
+    finally:
+        log.setLevel(level)
+        if before is None:
+            del os.environ["MPLBACKEND"]
+        else:
+            os.environ["MPLBACKEND"] = before
 
 
 def curve(run: Results) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -80,14 +112,16 @@ def curve(run: Results) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 def draw(comparison: Comparison) -> Figure:
     """The figure: a curve for each run, its pointwise interval as a band, and a legend above them in their order."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4, 3.2 + 0.18 * len(comparison.runs)), layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for position, (run, summary) in enumerate(zip(comparison.runs, comparison.summaries, strict=True)):
         colour = COLOURS[position % len(COLOURS)]
         dash = DASHES[position // len(COLOURS) % len(DASHES)]
-        _draw_run(axes, run, f"{run.name}  (ACR {acr_text(summary)})", colour, dash)
+        _draw_run(axes, run, one_line(f"{run.name}  (ACR {acr_text(summary)})"), colour, dash)
     right = max(summary.largest for summary in comparison.summaries) or 1.0
     axes.set_xlim(0, 1.03 * right)
     axes.set_ylim(0, 100)
@@ -100,7 +134,9 @@ def draw(comparison: Comparison) -> Figure:
     if any(summary.lower_bound for summary in comparison.summaries):
         remark += "\nACR ≥: only given radii were decided;\nelsewhere, the curve is a lower bound"
     axes.text(0.99, 0.98, remark, transform=axes.transAxes, ha="right", va="top", **SMALL)
-    figure.legend(loc="outside upper left", frameon=False, handlelength=1.8, labelspacing=0.3)
+    lines = axes.get_lines()  # given as such: matplotlib would leave out a label that begins with _
+    names = [str(line.get_label()) for line in lines]
+    figure.legend(lines, names, loc="outside upper left", frameon=False, handlelength=1.8, labelspacing=0.3)
     return figure
 
 

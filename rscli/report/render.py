@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rscli.report.comparison import Comparison
 from rscli.report.export import to_csv, to_json
 from rscli.report.tables import Cell, Table, tables, widths
+from rscli.text import one_line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,10 +30,10 @@ def render(comparison: Comparison, form: str) -> str:
 def print_tables(comparison: Comparison, console: Console) -> None:
     """Shows the tables on a `console`, split between columns where it is too narrow; no figure is ever cut off."""
     for table in tables(comparison):
-        console.print(f"\n{table.title}", style="bold", markup=False, highlight=False)
+        console.print(visible(f"\n{table.title}"), style="bold", highlight=False)
         for part in _parts(table, console.width):
             _print(part, console)
-        console.print(table.caption, style="dim", markup=False, highlight=False)
+        console.print(visible(table.caption), style="dim", highlight=False)
 
 
 def _parts(table: Table, width: int) -> Iterator[Table]:
@@ -55,7 +56,7 @@ def _print(table: Table, console: Console) -> None:
 
     grid = Grid(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     for position, name in enumerate(table.header):
-        grid.add_column(name, justify="right" if position else "left", no_wrap=position > 0, overflow="fold")
+        grid.add_column(one_line(name), justify="right" if position else "left", no_wrap=position > 0, overflow="fold")
     for row in table.rows:
         grid.add_row(*map(_two_lines, row))
     console.print(grid)
@@ -64,14 +65,15 @@ def _print(table: Table, console: Console) -> None:
 def _two_lines(cell: Cell) -> Text:
     from rich.text import Text
 
-    return Text.assemble(cell.text, (f"\n{cell.detail}", "dim")) if cell.detail else Text(cell.text)
+    text, detail = one_line(cell.text), one_line(cell.detail)
+    return Text.assemble(text, (f"\n{detail}", "dim")) if detail else Text(text)
 
 
 def _plain(comparison: Comparison) -> str:
     from rich.console import Console
 
     page = StringIO()
-    print_tables(comparison, Console(file=page, width=FILE_WIDTH, color_system=None))
+    print_tables(comparison, Console(file=page, width=FILE_WIDTH, color_system=None, markup=False, emoji=False))
     lines = [line.rstrip() for line in page.getvalue().splitlines()]
     return "\n".join(lines).lstrip("\n") + "\n"
 
@@ -90,7 +92,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _markdown_text(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", one_line(text))
 
 
 def _latex(comparison: Comparison) -> str:
@@ -143,7 +145,7 @@ _LATEX = str.maketrans(
 
 def latex_text(text: str) -> str:
     """`text` as LaTeX that typesets it: special characters escaped, the signs of our tables in mathematics."""
-    return text.translate(_LATEX)
+    return one_line(text).translate(_LATEX)
 
 
 FORMATS: dict[str, Callable[[Comparison], str]] = {

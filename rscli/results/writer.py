@@ -17,7 +17,7 @@ from rscli.errors import InputError, RscliError
 from rscli.results.protocol import agree, claim, protocol_path, read_protocol
 from rscli.results.rows import HEADER, Row, format_row, parse_row
 from rscli.results.shards import missing_shards, part_head, part_path, parts_of, torn_of, union, whole_rows
-from rscli.runtime.files import opening, replacing, write_text, writing
+from rscli.runtime.files import opening, replacing, sync, write_text, writing
 
 SYNC_SECONDS = 1.0
 """Rows reach the operating system at once; the disk is waited for this often at most."""
@@ -60,7 +60,8 @@ class ResultWriter:
             raise InputError(cause.message, hint) from cause
         with writing(path):
             try:
-                path.open("xb").close()  # of two processes under one protocol, only one writes rows here
+                # of two processes under one protocol, only one writes rows here; through a link that leads nowhere yet
+                Path(os.path.realpath(path)).open("xb").close()
             except FileExistsError as cause:
                 raise _exists(path) from cause
         writer = cls(path, [], notes, there)
@@ -152,7 +153,7 @@ class ResultWriter:
         """Closes the file, with every row on the disk; a part without rows is removed. May be called again."""
         if not self._file.closed:
             with writing(self._target), self._file:
-                os.fsync(self._file.fileno())
+                sync(self._file.fileno())
             if self._target != self.path and self._size == len(part_head(self.protocol)):
                 self._target.unlink(missing_ok=True)
                 self._size = 0
@@ -171,7 +172,7 @@ class ResultWriter:
             while rest:
                 rest = rest[self._file.write(rest) :]
             if time.monotonic() - self._synced >= SYNC_SECONDS:
-                os.fsync(self._file.fileno())
+                sync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as cause:
             hint = "The rows before are saved. Make room, and run the same command with --resume."

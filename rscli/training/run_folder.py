@@ -25,7 +25,7 @@ from rscli.config.layers import rebuild
 from rscli.config.schema import GROUPS
 from rscli.config.settings import changes
 from rscli.errors import InputError, RscliError
-from rscli.runtime.files import read_json, replacing, write_json, write_text
+from rscli.runtime.files import check_regular, explained, read_json, replacing, write_json, write_text
 from rscli.runtime.progress import Progress
 from rscli.training.checkpoint import check_data, check_position, check_seal, remedy, seal
 
@@ -122,7 +122,12 @@ class RunFolder:
     def load(self) -> dict[str, Any]:
         """The checkpoint, tensors on the CPU. Raises `InputError` if it is broken; never runs code from the file."""
         try:
+            check_regular(self.checkpoint)
             loaded = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except InputError:
+            raise
+        except OSError as cause:  # the file may be whole: nothing is to be removed
+            raise explained(cause, f"the checkpoint {self.checkpoint} cannot be read") from cause
         except Exception as cause:  # torch raises many kinds for a broken file
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             if isinstance(cause, UnpicklingError):  # torch would advise to load it all the same

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TypeVar
 
-from rscli.api import FileImages, list_images, skipped_text
+from rscli.api import FileImages, class_folder, list_images, skipped_text
 from rscli.errors import InputError
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ def labelled_images(folder: Path, classes: Sequence[str]) -> FileImages:
     """
     import numpy as np
 
-    listings = [list_images(folder / name) for name in classes]
+    listings = [list_images(class_folder(folder, name)) for name in classes]
     skipped = sum((listing.skipped for listing in listings), Counter[str]())
     text = skipped_text(skipped)
     return FileImages(

@@ -16,6 +16,7 @@ from rscli.api import (
     FileImages,
     Finding,
     Transform,
+    class_folder,
     class_folders,
     has_images,
     list_images,
@@ -87,7 +88,10 @@ class ImageFolder(Dataset):
             std=self.std,
             test_transform=Transform(channels=self.channels, resize=self.size, crop=(self.size, self.size)),
             augmentation=AUGMENTATIONS[self.augment],
-            sizes={name: sum(len(list_images(self._find(name, home) / each).paths) for each in classes) for name in splits},
+            sizes={
+                name: sum(len(list_images(class_folder(self._find(name, home), each)).paths) for each in classes)
+                for name in splits
+            },
         )
 
     def load(self, split: str, root: Path, *, download: bool = False) -> FileImages:
@@ -139,7 +143,7 @@ class ImageFolder(Dataset):
             raise InputError(
                 f"{folder} has {count(len(classes), 'class folder')}; a classifier needs two", _expected(folder.parent)
             )
-        if empty := [name for name in classes if not has_images(folder / name)]:
+        if empty := [name for name in classes if not has_images(class_folder(folder, name))]:
             hint = f"Put files there (any of {COMMON_SUFFIXES}, ...), or remove the folder."
             raise InputError(f"class folders of {folder} without images: {name_some(empty)}", hint)
         return classes
