@@ -77,8 +77,9 @@ class Plugin(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     kind: ClassVar[str]
-    api_version: ClassVar[int] = API_VERSION
-    """The contract that the plugin was written for: a number, so that it stays when rscli's moves on (`api_version = 2`)."""
+    api_version: ClassVar[int] = 2
+    """The contract that the plugin was written for. One that says nothing is taken for one of version 2, the first that was
+    published; a plugin for a later one says so."""
     variant: ClassVar[str | None] = None
     """The field that takes the part behind a slash in a name: `timm/resnet18` sets the field `model` of the plugin `timm`."""
     renamed: ClassVar[Mapping[str, str]] = {}
@@ -166,7 +167,7 @@ class TrainStep:
     `labels` (batch,) int64, and `indices` (batch,) int64: each image's place in the training split (on the CPU).
     `noise` (m, batch, channel, height, width): drawn by `smoothing`, whose `apply` puts it on images.
     `extra` holds tensors by name that an attack adds for the loss. `state` holds what `Loss.setup` prepared; the loss may
-    change its tensors in place.
+    change its tensors in place. `networks` holds those of `Loss.networks`.
 
     Everything random must come from `generator` (on the device of the images), so that a resumed run repeats it.
     """
@@ -182,6 +183,7 @@ class TrainStep:
     position: Position = Position()
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def sigma(self) -> float:
@@ -207,15 +209,22 @@ class TrainStep:
         """While the body runs, the model is in eval mode and its parameters need no gradient; both are restored exactly."""
         modes = [(module, module.training) for module in self.model.modules()]
         needs = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self._forget()
         self.model.eval()
         self.model.requires_grad_(False)
         try:
             yield
         finally:
+            self._forget()
             for module, training in modes:
                 module.training = training
             for parameter, need in needs:
                 parameter.requires_grad_(need)
+
+    def _forget(self) -> None:
+        """Logits of the frozen model are not those of the model in training."""
+        for name in ("noisy_logits", "clean_logits"):
+            self.__dict__.pop(name, None)
 
     def moved(self, *, images: Tensor | None = None, noise: Tensor | None = None, **extra: Tensor) -> TrainStep:
         """A step like this one with other `images` or `noise`, and `extra` tensors for the loss: what an attack returns."""
@@ -240,7 +249,8 @@ class TrainStep:
 class TrainContext(ABC):
     """What `Loss.setup` may look at, once, before the first step of a run.
 
-    `images` training images of `classes` classes; random numbers come from `generator`, on `device`.
+    `images` training images of `classes` classes, whose fingerprint is `data_sha256`; random numbers come from `generator`, on
+    `device`.
     """
 
     images: int
@@ -248,6 +258,7 @@ class TrainContext(ABC):
     noise: Noise
     device: torch.device
     generator: torch.Generator
+    data_sha256: str
 
     @abstractmethod
     def batches(self, batch: int = 256) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -285,8 +296,17 @@ class Loss(Plugin):
         """
         return {}
 
+    def networks(self, context: TrainContext) -> Mapping[str, nn.Module]:
+        """Networks besides the one in training, by name: a teacher, say (`context.load_model`). Asked at every start of a run.
+
+        They are not saved: what changes during training belongs into the state of `setup`.
+        """
+        return {}
+
     def step(self, step: TrainStep) -> dict[str, Tensor]:
         """The named terms of the objective, scalars with gradients; the host minimises their sum and logs each.
+
+        Names that the log has for itself (loss, accuracy, lr, epoch, ...) are not for terms, but for a single `loss`.
 
         May raise `rscli.errors.InputError` for what the user can fix. The host raises `rscli.errors.PluginError` if there is
         no term or one is no scalar, and `rscli.errors.RscliError` if one is not finite.
@@ -359,7 +379,8 @@ class Run(ABC):
     """A training run, as loggers and callbacks see it.
 
     `folder` is its run folder; `model` takes pixels in [0, 1]; `epoch` counts finished epochs of `epochs`, `batch` finished
-    batches of the current one, of `batches`. `config` is the resolved configuration as plain values.
+    batches of the current one, of `batches`. `config` is the resolved configuration as plain values, `spec` what is known of
+    the data.
     """
 
     folder: Path
@@ -370,6 +391,18 @@ class Run(ABC):
     batch: int
     batches: int
     config: Mapping[str, Any]
+    spec: DataSpec
+
+    @abstractmethod
+    def images(self, split: str, indices: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
+        """Images (n, channel, height, width) of a split under the test transform, on the CPU, and their labels (n,)."""
+
+    @abstractmethod
+    def certify(self, images: Tensor, **options: Any) -> Sequence[Certificate]:
+        """Certificates of `images`, as the Python API gives them (n, alpha, certifier, radii, labels, seed, ...), for a probe.
+
+        The model and the random numbers of the run stay as they are.
+        """
 
     @abstractmethod
     def log(self, values: Mapping[str, Any]) -> None:
@@ -401,6 +434,13 @@ class LogWriter(ABC):
     def write(self, line: Mapping[str, Any]) -> None:
         """The figures of an epoch, plain values by name: `epoch` (from 1), `lr`, the loss and its terms, speeds, ..."""
 
+    def write_step(self, line: Mapping[str, Any]) -> None:  # noqa: B027
+        """The figures of one optimiser step: `epoch` (from 1), `batch`, `chunk`, `lr`, the loss and its terms.
+
+        They come some steps later, several at a time: whenever the host reads them from the device. Nothing is done with them
+        unless this is overridden.
+        """
+
     def close(self) -> None:  # noqa: B027
         """The run ends, finished or not."""
 
@@ -412,6 +452,8 @@ class Callback(Plugin):
     """
 
     kind: ClassVar[str] = "callbacks"
+    looks_on: ClassVar[bool] = False
+    """Whether it leaves the weights alone altogether: only then may it differ in a run that is resumed."""
 
     def begin(self, run: Run, state: dict[str, Any]) -> None:
         """Before the first step, also of a resumed run. `state` is the callback's own: tensors and plain values by name, empty

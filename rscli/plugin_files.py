@@ -8,7 +8,6 @@ a package and its version, runs and model files record the file's name and SHA-2
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 import sys
 import traceback
@@ -31,8 +30,9 @@ def load_plugin_file(path: Path) -> list[Entry]:
     """
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"--plugin is {path}, but must be a Python file", "As in --plugin ./my_loss.py")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    module = _run(path, digest)
+    source = path.read_bytes()
+    digest = hashlib.sha256(source).hexdigest()
+    module = _run(path, source, digest)
     found = [
         (Entry(one.kind, _kebab(name), path.name, DIGEST + digest, f"{path}:{name}"), one)
         for name, one in vars(module).items()
@@ -54,16 +54,16 @@ def from_file(version: str) -> bool:
     return version.startswith(DIGEST)
 
 
-def _run(path: Path, digest: str) -> ModuleType:
+def _run(path: Path, source: bytes, digest: str) -> ModuleType:
+    """The module made of `source`: of these bytes, and of no copy that Python may have kept of an older file."""
     name = f"rscli_plugin_file_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # noqa: PT018  # the suffix is .py
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # classes are looked up there, by pickle and dataclasses
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as cause:
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == str(path)]

@@ -108,6 +108,12 @@ class Split(ABC):
         """Image `index` under the test transform: float32 (channel, height, width) in [0, 1], on the CPU."""
 
     @abstractmethod
+    def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once under the test transform, in batches: indices, int64 (b,), and images, float32 (b, channel, height,
+        width) in [0, 1], on the CPU.
+        """
+
+    @abstractmethod
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
     ) -> Generator[Batch]:
@@ -165,6 +171,12 @@ class MemorySplit(Split):
     def image(self, index: int) -> Tensor:
         """Image `index`: float32 (channel, height, width) in [0, 1], on the CPU."""
         return to_unit(self._images[index])
+
+    def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Split.in_order`."""
+        for start in range(0, len(self), batch):
+            indices = torch.arange(start, min(start + batch, len(self)))
+            yield indices, to_unit(self._images[indices])
 
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
@@ -241,6 +253,13 @@ class FileSplit(Split):
             for part, images in zip(parts, pixels, strict=True):
                 labels = torch.from_numpy(self.labels[part.indices.numpy()])
                 yield Batch(to_unit(images.to(device, non_blocking=True)), labels.to(device), part.indices)
+
+    def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Split.in_order`; read by the workers."""
+        chunks = [np.arange(at, min(at + batch, len(self))) for at in range(0, len(self), batch)]
+        with closing(self._read(_Reader(self._paths, self.spec.test_transform), chunks)) as decoded:
+            for rows, pixels in zip(chunks, decoded, strict=True):
+                yield torch.from_numpy(rows), to_unit(pixels)
 
     def in_memory(self) -> MemorySplit:
         """The same split, every file decoded now with the test transform. Raises `InputError`, naming one that is broken."""

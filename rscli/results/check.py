@@ -149,6 +149,7 @@ class _Recompute:
         section = dict(protocol["certifier"])
         package, name = section.pop("package"), section["name"]
         section.pop("decisive", None)
+        recorded = section.pop("version", None)
         certifier = installed().build("certifiers", {**section, "name": f"{package}:{name}"})
         self.noise = cast(Noise, installed().build("noises", protocol["noise"]))
         self.name, self.certifier, self.classes = name, cast(Certifier, certifier), classes
@@ -156,7 +157,6 @@ class _Recompute:
         self.thresholds = tuple(threshold_of(self.noise, radius) for radius in self.radii)
         self.label = 0 if protocol.get("labels") else None
         version = installed().provenance("certifiers", f"{package}:{name}").version
-        recorded = (protocol.get("info") or {}).get("certifier_version")
         if package != "rscli" and recorded != version:
             raise PluginError(f"{package} is {version} here, was {recorded or 'unknown'}")
         self._selections: dict[tuple[int, bool], list[Counts]] = {}

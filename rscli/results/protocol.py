@@ -27,7 +27,7 @@ BEING_WRITTEN_SECONDS = 2.0
 OF_THE_START = ("start", "skip", "max", "trial")
 """Entries of `info` that say which images a run began with, and whether after a trial; one that goes on may take others."""
 
-OF_THE_MODEL = ("classes", "images", "certifier_version")
+OF_THE_MODEL = ("classes", "images")
 """Entries of `info` that older protocols lack: classes and images are those of the model and the split, whose digests agree."""
 
 
@@ -62,7 +62,6 @@ class _Info(_Part):
     compile: bool | None = None
     classes: int | None = Field(None, ge=1, le=LARGEST_COUNT)
     images: int | None = Field(None, ge=1, le=LARGEST_COUNT)
-    certifier_version: str | None = None
 
 
 class _Protocol(_Part):

@@ -14,7 +14,7 @@ from typing import Any, SupportsFloat
 
 import torch
 
-from rscli.api import Noise, Plugin
+from rscli.api import Certifier, Noise, Plugin
 from rscli.errors import PluginError, RscliError
 from rscli.registry import origin_of
 from rscli.runtime.memory import out_of_memory
@@ -81,6 +81,16 @@ def number(plugin: Plugin, method: str, what: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, SupportsFloat) or not math.isfinite(float(value)):
         raise broken(plugin, method, f"gave {what} = {_shown(value)}, which is no finite number")
     return float(value)
+
+
+def largest_p_a(certifier: Certifier, n: int) -> float:
+    """The largest lower bound that `n` samples can give, as the certifier says, in [0, 1)."""
+    with calling(certifier, "largest_p_a"):
+        largest = certifier.largest_p_a(n)
+    found = number(certifier, "largest_p_a", "a bound", largest)
+    if not 0 <= found < 1:
+        raise broken(certifier, "largest_p_a", f"gave {found} for {n} samples, which must be in [0, 1)")
+    return found
 
 
 def whole(plugin: Plugin, method: str, what: str, value: Any, least: int, most: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rscli.api import Noise
-from rscli.runtime.guard import calling, draw_noise
+from rscli.runtime.guard import broken, calling, draw_noise
 from rscli.runtime.seeds import block_generator
 
 BLOCK = 64
@@ -56,6 +56,8 @@ class Piece:
         noise = self.block.noise()[self.first : self.last]
         with calling(self.block.smoothing, "apply"):
             made = self.block.smoothing.apply(self.image, noise, out=out)
+        if made.shape != out.shape:
+            raise broken(self.block.smoothing, "apply", f"returned {tuple(made.shape)} where {tuple(out.shape)} is wanted")
         if made is not out:  # a distribution that does not know how to write to a place
             out.copy_(made)
 

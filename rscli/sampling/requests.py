@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
-from rscli.runtime.guard import broken, calling, number, whole
+from rscli.runtime.guard import broken, calling, largest_p_a, number, whole
 
 Counts = NDArray[np.int64]
 
@@ -129,7 +129,7 @@ class CertifierInquiry:
             raise broken(certifier, "decide", f"gave reason = {said.reason!r:.40}, saturated = {said.saturated!r:.40}")
         threshold = said.threshold
         if predict != ABSTAIN:
-            largest = certifier.largest_p_a(self.n) if self.n else 0.0
+            largest = largest_p_a(certifier, self.n) if self.n else 0.0
             if p_a > largest * (1 + 1e-12):
                 raise broken(certifier, "decide", f"gave p_a = {p_a}, but {self.n} samples can give {largest} at most")
             if certifier.grid or threshold is not None:

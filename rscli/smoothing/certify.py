@@ -24,6 +24,7 @@ from rscli.results.protocol import FORMAT, protocol_path, read_protocol
 from rscli.results.shards import part_path, parts_of, union
 from rscli.results.writer import ResultWriter
 from rscli.runtime.devices import environment
+from rscli.runtime.guard import largest_p_a
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest, stop_requests
 from rscli.sampling.autotune import Choice
@@ -43,6 +44,9 @@ LONG_RUN = 1_000_000
 
 SHARED_SECONDS = 30.0
 """So long may a file take to be seen by other machines that share the folder."""
+
+OWN = "rscli"
+"""The distribution whose plugins keep their tests from version to version; of others, the version counts."""
 
 SHOW_SECONDS = 0.2
 """Time between two reports of progress."""
@@ -80,11 +84,11 @@ def build_certifier(section: dict[str, Any]) -> Certifier:
     plugin = build_section("certifier", section, problems, kind="certifiers")
     problems.check()
     certifier = cast(Certifier, plugin)
-    if certifier.largest_p_a(certifier.n) < 0.5:
-        least = 1 + bisect_left(range(1, 10**6), True, key=lambda n: certifier.largest_p_a(n) >= 0.5)
+    if largest_p_a(certifier, certifier.n) < 0.5:
+        least = 1 + bisect_left(range(1, 10**6), True, key=lambda n: largest_p_a(certifier, n) >= 0.5)
         raise InputError(
-            f"--n is {certifier.n}, but at alpha {certifier.alpha:g} not even a unanimous vote of so few certifies anything",
-            f"Use --n {least} or more.",
+            f"n is {certifier.n}, but at alpha {certifier.alpha:g} not even a unanimous vote of so few certifies anything",
+            f"Use n = {least} or more.",
         )
     return certifier
 
@@ -321,6 +325,7 @@ def _protocol(
             "name": origin.name,
             "package": origin.package,
             "decisive": list(certifier.decisive),
+            **({} if origin.package == OWN else {"version": origin.version}),  # another version may be another test
             **fields_of(certifier),
         },
         "n0": certifier.n0,
@@ -353,7 +358,6 @@ def _protocol(
             "compile": choice.compiled,
             "classes": len(card.spec.class_names),
             "images": len(split),
-            "certifier_version": origin.version,
             **environment(sampler.device),
         },
     }

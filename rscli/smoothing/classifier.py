@@ -98,6 +98,13 @@ class SmoothedClassifier(Smoothed):
                 "`rscli import FILE --arch NAME`; or ship the network as an architecture plugin.",
             )
         card = card_of(self)
+        written = installed().build("noises", {**card.noise, "sigma": self.sigma})
+        known = (card.spec.class_names, card.spec.shape, card.spec.test_transform)
+        if written != self.noise or known != (self.class_names, self.shape, self.transform):
+            raise InputError(
+                "the noise, class names, input shape or transform are not those of the model file that this came from",
+                f"Change them in a classifier of rscli.load({str(self.source.path)!r}); only sigma may be another one.",
+            )
         save_model(Path(path), self.network, card.model_copy(update={"noise": {**card.noise, "sigma": self.sigma}}))
 
     def certify(
@@ -257,13 +264,16 @@ def to_unit_if_bytes(image: Tensor) -> Tensor:
 
 @contextmanager
 def _left_as_it_was(network: nn.Module) -> Iterator[None]:
-    """While the body runs the network in eval mode, perhaps elsewhere: its modes are restored afterwards."""
+    """While the body runs the network in eval mode, another layout, perhaps on another device: all is restored afterwards."""
     modes = [(module, module.training) for module in network.modules()]
+    places = [(tensor, tensor.data) for tensor in (*network.parameters(), *network.buffers())]
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for tensor, data in places:
+            tensor.data = data
 
 
 def _default_noise(sigma: float | None) -> Noise:

@@ -100,7 +100,7 @@ def vote(n: int, alpha: float) -> MajorityVote:
     """The rule of a prediction without a radius. Raises `InputError` if not even a unanimous vote of n could decide."""
     least = smallest_n_for(alpha)
     if n < least:
-        raise InputError(f"--n is {n}, but at alpha {alpha:g} even a unanimous vote needs at least {least} samples")
+        raise InputError(f"n is {n}, but at alpha {alpha:g} even a unanimous vote needs at least {least} samples")
     return MajorityVote(n=n, alpha=alpha)
 
 

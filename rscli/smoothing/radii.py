@@ -7,6 +7,7 @@ import itertools
 from rscli.api import Certifier, Noise
 from rscli.errors import InputError
 from rscli.results.radius import threshold_of
+from rscli.runtime.guard import largest_p_a
 
 GRID_STEP = 0.25
 """Distance of the radii of the default grid, in [0, 1] pixels: the field's tables have these."""
@@ -17,7 +18,7 @@ def decided_radii(certifier: Certifier, noise: Noise, asked: tuple[float, ...]) 
     if not certifier.grid:
         if asked:
             name = type(certifier).__name__
-            hint = "Leave --radii out, or choose a certifier that decides given radii: --certifier sequential."
+            hint = "Leave the radii out, or choose a certifier that decides given ones: `rscli plugins` lists them."
             raise InputError(f"the certifier {name} gives each image as large a radius as it can, and takes no --radii", hint)
         return ()
     return asked or grid_radii(certifier, noise)
@@ -25,6 +26,6 @@ def decided_radii(certifier: Certifier, noise: Noise, asked: tuple[float, ...]) 
 
 def grid_radii(certifier: Certifier, noise: Noise) -> tuple[float, ...]:
     """0, 0.25, 0.5, ... as far as n unanimous samples can prove."""
-    largest = certifier.largest_p_a(certifier.n)
+    largest = largest_p_a(certifier, certifier.n)
     grid = (place * GRID_STEP for place in itertools.count())
     return tuple(itertools.takewhile(lambda radius: threshold_of(noise, radius) < largest, grid))

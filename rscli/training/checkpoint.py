@@ -97,13 +97,13 @@ def _feed(found: hashlib._Hash, value: object) -> None:
         found.update(f"dict {len(value)};".encode())
         for item in value.items():
             _feed(found, item)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
         found.update(f"{type(value).__name__} {len(value)};".encode())
         for item in value:
             _feed(found, item)
-    elif isinstance(value, float):
+    elif isinstance(value, float) and type(value) is float:  # not a subclass, such as np.float64: it would not be read again
         found.update(b"float" + struct.pack("<d", value))
-    elif isinstance(value, str | int | None):  # bool is an int with a name of its own
+    elif value is None or type(value) in (str, int, bool):
         text = str(value).encode("utf-8", "surrogatepass")
         found.update(f"{type(value).__name__} {len(text)};".encode() + text)
     else:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
-from rscli.api import Callback, Logger, LogWriter, Run
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rscli.api import Callback, Certificate, Logger, LogWriter, Run
+from rscli.data.splits import Split
 from rscli.errors import Stopped
 from rscli.runtime.guard import calling
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest
+from rscli.smoothing.classifier import SmoothedClassifier
 from rscli.training.metrics import Meter
 from rscli.training.run_folder import RunFolder
 from rscli.training.trainer import Trainer
@@ -21,8 +28,17 @@ from rscli.training.trainer import Trainer
 class TrainingRun(Run):
     """One run, as the host drives it and as loggers and callbacks see it."""
 
-    def __init__(self, trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: RunFolder,
+        open_images: Callable[[str], Split],
+        progress: Progress,
+        stop: StopRequest,
+    ) -> None:
         self.trainer, self.progress, self.stop, self._folder = trainer, progress, stop, folder
+        self._open_images, self._splits = open_images, {"train": trainer.split}
+        self.spec = trainer.split.spec
         self.folder, self.model, self.noise = folder.path, trainer.classifier, trainer.resolved.noise
         self.epochs, self.config = trainer.config.epochs, trainer.resolved.as_dict()
         self.callbacks: dict[str, Callback] = trainer.resolved.callbacks
@@ -46,6 +62,17 @@ class TrainingRun(Run):
         """Batches in an epoch."""
         return self.trainer.batches
 
+    def images(self, split: str, indices: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
+        """Images of a split under the test transform, and their labels; the split is opened once."""
+        found = self._splits.get(split) or self._splits.setdefault(split, self._open_images(split))
+        return torch.stack([found.image(int(index)) for index in indices]), found.labels[list(indices)]
+
+    def certify(self, images: Tensor, **options: Any) -> Sequence[Certificate]:
+        """Certificates of `images` by the present weights; the run's random numbers, layout and modes stay as they are."""
+        model = SmoothedClassifier(self.model, noise=self.noise, class_names=self.spec.class_names, input_shape=self.spec.shape)
+        with torch.random.fork_rng(devices=[]):
+            return model.certify(images, **options)
+
     def log(self, values: Mapping[str, Any]) -> None:
         """Adds to the line of this epoch."""
         self._line |= values
@@ -61,12 +88,16 @@ class TrainingRun(Run):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes what callbacks had kept; the trainer has taken its part."""
         self.states |= {name: dict(kept) for name, kept in state.get("callbacks", {}).items() if name in self.states}
+        self._line = dict(state.get("line", {}))
 
     def complete(self) -> None:
         """Trains to the end. Raises `Stopped` when asked to stop; the state is saved."""
         trainer = self.trainer
         with ExitStack() as open_logs:
             logs = [self._opened(logger, open_logs) for logger in trainer.resolved.loggers.values()]
+            if any(type(log).write_step is not LogWriter.write_step for _, log in logs):
+                trainer.on_figures = partial(self._write_step, logs)
+                trainer.meter = Meter(trainer.meter.state(), trainer.on_figures)
             self._call("begin")
             trainer.after_step = partial(self._call, "after_step")
             total = self.batches * self.epochs
@@ -86,7 +117,6 @@ class TrainingRun(Run):
         """The rest of the current epoch; its figures. Afterwards the next one is the current."""
         trainer, progress = self.trainer, self.progress
         began, first, speed = time.monotonic(), trainer.meter.images, 0.0
-        self._line = {}
         with closing(trainer.epoch_batches()) as batches:
             for _ in batches:
                 speed = (trainer.meter.images - first) / max(time.monotonic() - began, 1e-9)
@@ -98,9 +128,15 @@ class TrainingRun(Run):
                     if self.stop.requested:
                         self._end_here()
         line = {"epoch": trainer.epoch + 1, "lr": trainer.last_lr, **trainer.meter.means()}
-        trainer.epoch, trainer.batch, trainer.meter = trainer.epoch + 1, 0, Meter()
+        trainer.epoch, trainer.batch, trainer.meter = trainer.epoch + 1, 0, trainer.new_meter()
         self._call("after_epoch")
-        return {**line, **self._line, "images_per_s": round(speed, 1), "seconds": round(time.monotonic() - began, 3)}
+        more, self._line = self._line, {}
+        return {**line, **more, "images_per_s": round(speed, 1), "seconds": round(time.monotonic() - began, 3)}
+
+    def _write_step(self, logs: Sequence[tuple[Logger, LogWriter]], line: Mapping[str, Any]) -> None:
+        for logger, log in logs:
+            with calling(logger, "write_step"):
+                log.write_step(line)
 
     def _opened(self, logger: Logger, open_logs: ExitStack) -> tuple[Logger, LogWriter]:
         with calling(logger, "open"):
@@ -119,7 +155,7 @@ class TrainingRun(Run):
 
     def _save(self) -> None:
         self.trainer.meter.flush()
-        self._folder.save({**self.trainer.state(), "callbacks": self.states})
+        self._folder.save({**self.trainer.state(), "callbacks": self.states, "line": self._line})
         self._save_wanted = False
 
     def _end_here(self) -> None:

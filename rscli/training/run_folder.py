@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from rscli.api import Callback
 from rscli.config.layers import rebuild
 from rscli.config.schema import GROUPS
 from rscli.config.settings import changes
-from rscli.errors import InputError, RscliError
+from rscli.errors import InputError, PluginError, RscliError
+from rscli.registry import installed
 from rscli.runtime.files import check_regular, explained, read_json, replacing, write_json, write_text
 from rscli.runtime.progress import Progress
 from rscli.training.checkpoint import check_data, check_position, check_seal, remedy, seal
@@ -67,13 +69,11 @@ class RunFolder:
         return self.path / "running.txt"
 
     def files(self) -> list[Path]:
-        """Every file that a run writes here."""
-        return [self.config, self.path / "environment.json", self.metrics, self.checkpoint, self.model]
+        """Every file that a run writes here, but for those of its loggers and callbacks."""
+        return [self.config, self.path / "environment.json", self.checkpoint, self.model]
 
-    def begin(
-        self, config: dict[str, Any], environment: dict[str, Any], data: dict[str, Any], *, resume: bool
-    ) -> dict[str, Any] | None:
-        """Opens the folder; returns the checkpoint to go on from, or None for a fresh start.
+    def open(self, config: dict[str, Any], data: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
+        """The checkpoint to go on from, or None for a fresh start, which `start` begins; nothing is written here.
 
         `config` is {"config": ..., "sources": ..., "plugin_files": ...}, `data` what `training_data` says. Raises `InputError`
         if there is a run already and `resume` is not asked for, if the run there has another configuration or other data
@@ -85,7 +85,6 @@ class RunFolder:
             if self.model.exists():
                 hint = "Choose another --out."
                 raise InputError(f"{self.model} is there already, and no run in this folder wrote it", hint)
-            self._start(config, environment)
             return None
         if not resume:
             hint = "Add --resume to go on with it, choose another folder with --out, or remove this one."
@@ -94,7 +93,6 @@ class RunFolder:
         for torn in self.path.glob(".*.part"):  # what a kill in the middle of a write left behind
             torn.unlink(missing_ok=True)
         if not self.checkpoint.exists():
-            self._start(config, environment)
             return None
         state = self.load()
         check_data(state.get("data"), data, self.checkpoint)
@@ -114,8 +112,13 @@ class RunFolder:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint. Raises `RscliError` if there is no room for it; the one before is kept."""
+        try:
+            sealed = seal(state)
+        except TypeError as cause:
+            hint = "Callbacks and losses may keep tensors, text and plain Python numbers: float(x), not a number of numpy."
+            raise PluginError(f"the state of the run cannot be saved: {cause}", hint) from cause
         content = BytesIO()  # writing to the disk itself, torch would say of a full one only that a position is unexpected
-        torch.save(seal(state), content)
+        torch.save(sealed, content)
         with replacing(self.checkpoint) as beside:
             beside.write_bytes(content.getbuffer())
 
@@ -137,7 +140,8 @@ class RunFolder:
         check_position(state, self.checkpoint)
         return state
 
-    def _start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
+    def start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Begins a run: from now on the folder holds one."""
         write_json(self.path / "environment.json", environment)
         write_json(self.config, config)  # last: its presence says that there is a run
 
@@ -164,5 +168,15 @@ def _as_now(config: Any) -> Any:
 
 
 def _decisive(config: Any) -> Any:
-    """Without what only looks on, and may differ in a run that is resumed."""
-    return {key: value for key, value in config.items() if key not in GROUPS} if isinstance(config, dict) else config
+    """Without what only looks on, and may differ in a run that is resumed: loggers, and callbacks that say so of themselves."""
+    if not isinstance(config, dict):
+        return config
+    callbacks = {name: fields for name, fields in (config.get("callbacks") or {}).items() if not _looks_on(name)}
+    return {**{key: value for key, value in config.items() if key not in GROUPS}, "callbacks": callbacks}
+
+
+def _looks_on(callback: str) -> bool:
+    try:
+        return cast(type[Callback], installed().load("callbacks", callback)).looks_on
+    except PluginError:
+        return False

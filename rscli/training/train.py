@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -114,15 +115,19 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     folder = RunFolder(options.out)
     files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
     record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
-    state = folder.begin(record, environment(device), trainer.data, resume=options.resume)
+    state = folder.open(record, trainer.data, resume=options.resume)
     if state is not None and folder.model.exists() and state["epoch"] >= resolved.config.epochs:
         progress.note(f"{folder.model} is finished already")
         return folder.model
-    run = TrainingRun(trainer, folder, progress, stop)
+    more = partial(open_split, resolved.dataset, spec, root=options.data_dir, workers=options.workers)
+    run = TrainingRun(trainer, folder, more, progress, stop)
+    context = SetupContext(split, resolved.noise, device, resolved.config.seed, progress, stop)
+    with calling(resolved.loss, "networks"):
+        trainer.networks = {name: network.to(device) for name, network in resolved.loss.networks(context).items()}
     if state is None:
-        context = SetupContext(split, spec, resolved.noise, device, resolved.config.seed, progress)
-        with calling(resolved.loss, "setup"):
+        with calling(resolved.loss, "setup"), enough_memory(device, "what the loss prepares", TOO_LARGE):
             trainer.loss_state = {name: tensor.to(device) for name, tensor in resolved.loss.setup(context).items()}
+        folder.start(record, environment(device))
     else:
         if "data" not in state:
             progress.note(f"{folder.checkpoint} is of an older version: whether it is intact, and of this data, cannot be told")

@@ -6,14 +6,14 @@ stopped between two batches continues exactly where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rscli.api import Attack, DataSpec, Loss, Position, TrainStep
 from rscli.config.layers import Resolved
@@ -24,6 +24,9 @@ from rscli.runtime.seeds import derive, generator
 from rscli.training.checkpoint import check_optimizer, check_place, settings_of, training_data
 from rscli.training.layout import training_layout
 from rscli.training.metrics import Meter
+
+RESERVED = {"loss", "accuracy", "epoch", "batch", "chunk", "lr", "images_per_s", "seconds"}
+"""Figures that the log has for itself."""
 
 
 def initial_classifier(resolved: Resolved, spec: DataSpec) -> Classifier:
@@ -49,12 +52,20 @@ class Trainer:
             self.optimizer = resolved.optimizer.build(self.classifier)
         self.batches = split.steps(self.config.batch)
         self.epoch, self.batch = 0, 0
+        self.on_figures: Callable[[Mapping[str, Any]], None] | None = None
+        """Called with the figures of every step, when they are read from the device."""
         self.meter = Meter()
         self.loss_state: dict[str, Tensor] = {}
         """What `Loss.setup` prepared, on the device."""
+        self.networks: dict[str, nn.Module] = {}
+        """What `Loss.networks` gave, on the device."""
         self.after_step: Callable[[], None] = lambda: None
         self.last_lr = 0.0
         """The learning rate of the last optimiser step."""
+
+    def new_meter(self) -> Meter:
+        """The meter of a new epoch."""
+        return Meter(on_figures=self.on_figures)
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -93,8 +104,9 @@ class Trainer:
         self.classifier.load_state_dict(state["model"])
         wanted = settings_of(self.optimizer)
         self.optimizer.load_state_dict(state["optimizer"])
-        check_optimizer(self.optimizer, wanted)
-        self.meter = Meter(state["meter"])
+        if "data" not in state:  # a checkpoint of format 1, whose content nothing else vouches for
+            check_optimizer(self.optimizer, wanted)
+        self.meter = Meter(state["meter"], self.on_figures)
         self.loss_state = {name: tensor.to(self.device) for name, tensor in state.get("loss", {}).items()}
 
     def epoch_batches(self) -> Generator[None]:
@@ -138,6 +150,7 @@ class Trainer:
             generator=random,
             position=position,
             state=self.loss_state,
+            networks=self.networks,
         )
         if self.resolved.attack is not None:
             step = attacked(self.resolved.attack, step)
@@ -146,8 +159,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        where = f"epoch {self.epoch + 1}, batch {self.batch + 1}, chunk {number + 1}"
-        self.meter.add(terms, loss, step, where=where, lr=self.last_lr)
+        where = {"epoch": self.epoch + 1, "batch": self.batch + 1, "chunk": number + 1, "lr": self.last_lr}
+        self.meter.add(terms, loss, step, where=where)
         self.after_step()
 
 
@@ -168,6 +181,8 @@ def attacked(attack: Attack, step: TrainStep) -> TrainStep:
     low, high = torch.stack(torch.aminmax(images)).tolist()  # the host waits once for a whole attack
     if not (low >= 0 and high <= 1):  # NaN is neither
         raise broken(attack, "perturb", f"returned pixels from {low:g} to {high:g}: they must be in [0, 1]")
+    if not all(isinstance(tensor, Tensor) for tensor in moved.extra.values()):
+        raise broken(attack, "perturb", f"added {', '.join(moved.extra)}, of which not all are tensors")
     extra = {key: tensor.detach() for key, tensor in moved.extra.items()}
     return replace(step, images=images, noise=moved.noise.detach(), extra=extra)
 
@@ -187,6 +202,8 @@ def _terms(loss: Loss, step: TrainStep) -> dict[str, Tensor]:
     if not terms or any(term.ndim for term in terms.values()):
         shapes = {name: tuple(term.shape) for name, term in terms.items()}
         raise broken(loss, "step", f"must return at least one named scalar, and returned {shapes}")
+    if taken := RESERVED & terms.keys() - ({"loss"} if len(terms) == 1 else set()):
+        raise broken(loss, "step", f"calls a term {' and '.join(sorted(taken))}, which the log has for itself; call it ce, say")
     if not any(term.requires_grad for term in terms.values()):
         raise broken(loss, "step", "returned terms without gradients, from which nothing can be learned")
     return terms

@@ -129,6 +129,7 @@ class Context(TrainContext):
     def __init__(self) -> None:
         self.images, self.classes, self.device = 20, CLASSES, torch.device("cpu")
         self.noise, self.generator = Additive(sigma=1.0), torch.Generator().manual_seed(0)
+        self.data_sha256, self.notes = "d1", []
         self.pixels = torch.rand(20, *SHAPE, generator=torch.Generator().manual_seed(1))
         self.asked = []
 
@@ -142,7 +143,26 @@ class Context(TrainContext):
         return Linear().requires_grad_(False), Additive(sigma=0.25)
 
     def note(self, text):
-        pass
+        self.notes.append(text)
+
+
+def teacher(folder, text: str = "weights"):
+    (folder / "teacher").write_text(text)
+    return folder / "teacher"
+
+
+def test_soft_labels_of_another_origin_are_refused(tmp_path):
+    file, context = tmp_path / "soft.safetensors", Context()
+    read_or_make(context, file, teacher(tmp_path), 5)
+    with pytest.raises(InputError, match="votes"):
+        read_or_make(context, file, teacher(tmp_path), 6)
+    with pytest.raises(InputError, match="teacher_sha256"):
+        read_or_make(context, file, teacher(tmp_path, "others"), 5)
+    context.data_sha256 = "d2"
+    with pytest.raises(InputError, match="data_sha256"):
+        read_or_make(context, file, None, 5)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_or_make(context, None, tmp_path / "nobody", 5)
 
 
 def test_soft_labels_are_the_vote_shares_under_the_teachers_noise(tmp_path):
@@ -159,10 +179,11 @@ def test_soft_labels_are_the_vote_shares_under_the_teachers_noise(tmp_path):
 
 def test_soft_labels_are_kept_in_the_file_and_made_once(tmp_path):
     file, context = tmp_path / "deep" / "soft.safetensors", Context()
-    first = read_or_make(context, file, tmp_path, 50)
+    first = read_or_make(context, file, teacher(tmp_path), 50)
     assert file.exists()
     assert torch.equal(read_or_make(context, file, None, 50), first)
-    assert context.asked == [tmp_path]
+    assert torch.equal(read_or_make(context, file, teacher(tmp_path), 50), first)
+    assert context.asked == [teacher(tmp_path)]
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
@@ -172,13 +193,13 @@ def test_wrong_files_are_refused_with_what_to_do(tmp_path):
     torn = tmp_path / "torn"
     torn.write_bytes(b"no tensors")
     with pytest.raises(InputError, match="holds no soft labels"):
-        read(torn, 20, CLASSES)
-    write(tmp_path / "other", torch.full((3, CLASSES), 1 / CLASSES))
+        read(torn, 20, CLASSES, {})
+    write(tmp_path / "other", torch.full((3, CLASSES), 1 / CLASSES), {})
     with pytest.raises(InputError, match=r"\(3, 3\).*\(20, 3\)"):
-        read(tmp_path / "other", 20, CLASSES)
-    write(tmp_path / "wrong", torch.full((20, CLASSES), 1.0))
+        read(tmp_path / "other", 20, CLASSES, {})
+    write(tmp_path / "wrong", torch.full((20, CLASSES), 1.0), {})
     with pytest.raises(InputError, match="not probabilities"):
-        read(tmp_path / "wrong", 20, CLASSES)
+        read(tmp_path / "wrong", 20, CLASSES, {})
 
 
 def test_a_loss_without_any_soft_labels_says_what_it_needs():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from rscli.api import Callback, Run, unit
 
 class Checkpoint(Callback):
     """Replaces checkpoint.pt after every so many epochs; a run that is asked to stop saves itself without it."""
+
+    looks_on: ClassVar[bool] = True
 
     every: int = Field(1, ge=1, description="epochs between two checkpoints", json_schema_extra=unit("epochs"))
 
