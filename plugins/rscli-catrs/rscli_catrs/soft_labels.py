@@ -72,7 +72,10 @@ def make(context: TrainContext, teacher: Path, votes: int) -> Tensor:
 
 
 def write(file: Path, labels: Tensor, origin: dict[str, str]) -> None:
-    """Keeps `labels` (images, classes) and their `origin` in `file`, whole or not at all. Raises `OSError` if the place cannot be written to."""
+    """Keeps `labels` (images, classes) and their `origin` in `file`, whole or not at all.
+
+    Raises `OSError` if the place cannot be written to.
+    """
     from safetensors.torch import save
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,4 +108,5 @@ def read(file: Path, images: int, classes: int, origin: dict[str, str]) -> Tenso
         raise InputError(text, "Name another file (--set loss.soft_labels=FILE), or remove this one to make them again.")
     if not (labels.min() >= 0 and (labels.sum(-1) - 1).abs().max() < 1e-3):
         raise InputError(f"the rows in {file} are not probabilities", "Remove it, and they are made again from loss.teacher.")
-    return labels.float()
+    found: Tensor = labels.float()
+    return found
