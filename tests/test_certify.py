@@ -519,7 +519,7 @@ def test_wrong_data_are_said_in_the_words_of_a_configuration(model, tmp_path, da
 def test_too_few_samples_to_certify_anything_are_refused():
     from rscli.smoothing.certify import build_certifier
 
-    with pytest.raises(InputError, match="--n is 9") as error:
+    with pytest.raises(InputError, match="n is 9") as error:
         build_certifier({"name": "cohen", "n": 9, "alpha": 0.001})
     assert "--n 10" in str(error.value)
     assert build_certifier({"name": "cohen", "n": 10, "alpha": 0.001}).n == 10

@@ -23,10 +23,10 @@ from rscli.results.rows import HEADER, Row, format_row, parse_row
 from rscli.results.writer import ResultWriter
 from rscli.runtime.progress import Silent
 from rscli.sampling.options import SamplingOptions
-from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.requests import CertifierRequest
 from rscli.smoothing.certify import CertifyOptions, certify
-from rscli.smoothing.images import Images, row_of
 from rscli.smoothing.radii import decided_radii
+from rscli.smoothing.task import CertificationTask, row_of
 from rscli.training.train import TrainOptions, train
 
 CERTIFIERS = {
@@ -153,7 +153,9 @@ def test_whatever_the_counts_are_a_row_of_the_engine_passes(name, n, classes):
         source = np.random.default_rng(n + classes)
         model = Smoothed(torch.nn.Identity(), noise, tuple(map(str, range(classes))))
         labels: dict[int, int] = {}
-        images = Images(model, certifier, lambda index: None, radii, labels.__getitem__ if "labels" in name else None)
+        images = CertificationTask(
+            model, certifier, lambda index: None, radii, labels.__getitem__ if "labels" in name else None
+        )
         rows = []
         for idx in range(60):
             share = source.choice([source.uniform(), source.uniform(0.4, 0.6), source.uniform(0.97, 1), 1.0, 0.0])
@@ -162,17 +164,17 @@ def test_whatever_the_counts_are_a_row_of_the_engine_passes(name, n, classes):
             probabilities /= probabilities.sum()
             label = int(source.integers(0, classes)) if source.uniform() < 0.3 else 0
             labels[idx] = label
-            inquiry = CertifierInquiry(certifier, images.question(idx), idx, lambda: None)
+            request = CertifierRequest(certifier, images.question(idx), idx, lambda: None)
             counts, drawn = np.zeros(classes, np.int64), 0
             while True:
-                wanted = inquiry.wanted - inquiry.n0 if inquiry.plan else inquiry.n0
+                wanted = request.wanted - request.n0 if request.plan else request.n0
                 counts = counts + source.multinomial(wanted - drawn, probabilities)
                 drawn = wanted
-                if inquiry.receive(counts.copy()):
+                if request.receive(counts.copy()):
                     break
-                if inquiry.fresh:
+                if request.fresh:
                     counts, drawn = np.zeros(classes, np.int64), 0
-            rows.append(row_of(images.certificate(inquiry), label, 1.0))
+            rows.append(row_of(images.certificate(request), label, 1.0))
         check_rows(Path("r.tsv"), rows, range(2, 62), protocol)
 
 

@@ -130,14 +130,14 @@ def test_a_callback_that_may_change_weights_is_part_of_what_a_run_is(tmp_path):
 def test_a_run_goes_on_with_any_optimiser_of_torch(tmp_path, name):
     build = f"        import torch\n\n        return torch.optim.{name}(model.parameters(), lr=self.lr)\n"
     load_plugin_file(plugins(tmp_path, f"class Mine(Optimizer):\n    def build(self, model):\n{build}"))
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    whole, split_at = tmp_path / "whole", tmp_path / "split_at"
     whole.mkdir()
-    parted.mkdir()
+    split_at.mkdir()
     wanted = digits("optimizer.name=mine", "optimizer.lr=0.001", "epochs=1")
     first = train(wanted, options(whole), Silent())
     with pytest.raises(Stopped):
-        train(wanted, options(parted), Stopping(4))
-    assert train(wanted, options(parted, resume=True), Silent()).read_bytes() == first.read_bytes()
+        train(wanted, options(split_at), Stopping(4))
+    assert train(wanted, options(split_at, resume=True), Silent()).read_bytes() == first.read_bytes()
 
 
 STATEFUL = """

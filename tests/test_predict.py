@@ -202,7 +202,7 @@ def test_a_vote_that_could_never_decide_is_refused(model, n, alpha, code):
     result = run(model, EXAMPLES / "0-index305.png", "--n", n, "--alpha", alpha)
     assert result.exit_code == code
     if code:
-        assert f"--n is {n}" in result.stderr
+        assert f"n is {n}" in result.stderr
         assert f"at least {n + 1} samples" in result.stderr
         assert result.stdout == ""
 

@@ -26,7 +26,7 @@ from rscli.errors import ConfigError, InputError, PluginError
 from rscli.registry import installed
 from rscli.results.rows import Row, parse_row
 from rscli.runtime.progress import Silent
-from rscli.smoothing.images import row_of
+from rscli.smoothing.task import row_of
 from rscli.training.train import TrainOptions, train
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "digits"

@@ -181,7 +181,7 @@ class Lockstep:
 
 
 class Costly:
-    """An inquiry that needs 50 samples, and of every eighth image a hundredfold, by lot."""
+    """A request that needs 50 samples, and of every eighth image a hundredfold, by lot."""
 
     image, fresh = staticmethod(lambda: torch.zeros(1, 1, 1)), False
 
@@ -197,14 +197,14 @@ class Costly:
 class Costs:
     """In place of images and of the result file, which is closed when all images are done."""
 
-    inquire, path, rows, done, radii = Costly, Path("r.tsv"), (), frozenset(), ()
+    request_for, path, rows, done, radii = Costly, Path("r.tsv"), (), frozenset(), ()
     labels = MappingProxyType(dict.fromkeys(range(1000), 0))
 
     def __init__(self, close: Callable[[], None]) -> None:
         self.close = close
 
-    def certificate(self, inquiry) -> Certificate:
-        return Certificate(inquiry.key, 0, 0.0, 0.9, 0.1, 0, 1, np.array([1, 0]), 0, "n-reached")
+    def certificate(self, request) -> Certificate:
+        return Certificate(request.key, 0, 0.0, 0.9, 0.1, 0, 1, np.array([1, 0]), 0, "n-reached")
 
     def append(self, row: Row) -> None:
         pass

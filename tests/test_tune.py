@@ -30,12 +30,12 @@ from rscli.sampling import autotune as tune
 from rscli.sampling import options as sampling
 from rscli.sampling.autotune import Choice
 from rscli.sampling.blocks import BLOCK
-from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.requests import CertifierRequest
 from rscli.sampling.sampler import Sampler
 from rscli.smoothing import certify as certifying
 from rscli.smoothing.certify import CertifyOptions, SamplingOptions, certify
 from rscli.smoothing.cost import at_most
-from rscli.smoothing.images import Images
+from rscli.smoothing.task import CertificationTask
 from rscli.smoothing.work_queue import Alone, Together
 from rscli.training.train import TrainOptions, train
 
@@ -302,7 +302,7 @@ def test_with_labels_there_are_no_selection_samples_in_the_cost(model, tmp_path,
 
 
 def test_hours_are_shown_as_hours_and_divided_among_processes(model):
-    images = Images(load_model(model), installed().build("certifiers", {"name": "cohen"}), lambda index: None)
+    images = CertificationTask(load_model(model), installed().build("certifiers", {"name": "cohen"}), lambda index: None)
     said = at_most(images, 0, 500, 1_000.0, 2)
     assert said == "500 images, at most 50,050,000 samples: about 6:57:05 at that speed"
 
@@ -485,7 +485,7 @@ PEAKS = """
 import resource, sys
 import torch
 from rscli.api import Question
-from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.requests import CertifierRequest
 from rscli.sampling.sampler import Sampler
 from rscli.registry import installed
 
@@ -495,7 +495,7 @@ sampler = Sampler(lambda x: x[:, 0, 0, :3], noise, 3, seed=0, batch=256, device=
 for n in (10_000, 1_000_000):
     certifier = installed().build("certifiers", {"name": sys.argv[1], "n": n})
     question = Question(3, (0.5, 0.9) if certifier.grid else ())
-    wanted = (CertifierInquiry(certifier, question, key, lambda: torch.full((1, 4, 4), 0.5)) for key in range(2))
+    wanted = (CertifierRequest(certifier, question, key, lambda: torch.full((1, 4, 4), 0.5)) for key in range(2))
     assert len(list(sampler.run(wanted))) == 2
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -533,8 +533,8 @@ def on_gpu(classifier, batch: int = 512) -> Sampler:
 
 def counts_of(sampler: Sampler) -> dict[int, list[int]]:
     certifier = installed().build("certifiers", {"name": "cohen", "n": 2000, "n0": 100})
-    wanted = [CertifierInquiry(certifier, Question(3), key, lambda key=key: image(key)) for key in range(5)]
-    return {inquiry.key: inquiry.counts.tolist() for inquiry in sampler.run(wanted)}
+    wanted = [CertifierRequest(certifier, Question(3), key, lambda key=key: image(key)) for key in range(5)]
+    return {request.key: request.counts.tolist() for request in sampler.run(wanted)}
 
 
 @pytest.mark.gpu

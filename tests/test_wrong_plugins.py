@@ -19,8 +19,8 @@ from rscli.registry import installed
 from rscli.results.radius import certified_radius, threshold_of
 from rscli.runtime.guard import draw_noise
 from rscli.runtime.progress import Silent
-from rscli.sampling.requests import CertifierInquiry
-from rscli.smoothing.images import Images
+from rscli.sampling.requests import CertifierRequest
+from rscli.smoothing.task import CertificationTask
 from rscli.training.train import TrainOptions, train
 
 HEAD = '''
@@ -115,10 +115,10 @@ def test_a_wrong_certifier(tmp_path, body, said):
     certifier = installed().build("certifiers", {"name": "wrong", "n": 100, "n0": 10})
 
     def work():
-        inquiry = CertifierInquiry(certifier, Question(3, (0.5, 0.55)), 0, lambda: None)
-        if inquiry.plan is None:
-            inquiry.receive(np.array([10, 0, 0]))
-        inquiry.receive(np.array([100, 0, 0]))
+        request = CertifierRequest(certifier, Question(3, (0.5, 0.55)), 0, lambda: None)
+        if request.plan is None:
+            request.receive(np.array([10, 0, 0]))
+        request.receive(np.array([100, 0, 0]))
 
     refused(tmp_path, said, work=work)
 
@@ -128,24 +128,24 @@ def test_counts_that_a_certifier_changes_in_place_stay_what_they_were(tmp_path):
     plan = body.format("plan", "question", "Plan(0, (self.n,))")
     decide = body.format("decide", "n, plan", "Decision(0, 0.4, 0.4, '')")
     plugin(tmp_path, f"class Wrong(Certifier):\n{plan}\n{decide}")
-    inquiry = CertifierInquiry(
+    request = CertifierRequest(
         installed().build("certifiers", {"name": "wrong", "n": 9, "n0": 5}), Question(2), 7, lambda: None
     )
-    inquiry.receive(np.array([5, 0]))
-    assert inquiry.receive(np.array([8, 1]))
-    assert inquiry.counts.tolist() == [8, 1]
+    request.receive(np.array([5, 0]))
+    assert request.receive(np.array([8, 1]))
+    assert request.counts.tolist() == [8, 1]
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
     said = "Decision(np.int64(0), np.float64(.6), np.float32(.25), 'ok', np.bool_(1))"
     body = f"    def decide(self, counts, n, plan): return {said}"
     plugin(tmp_path, f"class Wrong(Base):\n{body}\n")
-    inquiry = CertifierInquiry(
+    request = CertifierRequest(
         installed().build("certifiers", {"name": "wrong", "n": 100, "n0": 1}), Question(2), 0, lambda: None
     )
-    inquiry.receive(np.array([1, 0]))
-    assert inquiry.receive(np.array([99, 1]))
-    assert [type(value) for value in vars(inquiry.decision).values()] == [int, float, float, str, bool, type(None)]
+    request.receive(np.array([1, 0]))
+    assert request.receive(np.array([99, 1]))
+    assert [type(value) for value in vars(request.decision).values()] == [int, float, float, str, bool, type(None)]
 
 
 RIGHT_NOISE = """
@@ -308,4 +308,4 @@ def test_an_image_that_cannot_be_certified_says_whose_fault_it_is(tmp_path):
     noise = installed().build("noises", {"name": "wrong", "sigma": 0.5})
     model = Smoothed(torch.nn.Identity(), noise, ("a", "b"))
     certifier = installed().build("certifiers", {"name": "sequential"})
-    refused(tmp_path, "gave 0.1", work=lambda: Images(model, certifier, lambda index: torch.zeros(1, 2, 2), (0.5,)))
+    refused(tmp_path, "gave 0.1", work=lambda: CertificationTask(model, certifier, lambda index: torch.zeros(1, 2, 2), (0.5,)))

@@ -145,7 +145,7 @@ def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop
 
 
 class _Trial:
-    """Counts the samples of endless inquiries, from when every lane has done a portion or two."""
+    """Counts the samples of endless requests, from when every lane has done a portion or two."""
 
     def __init__(self, sampler: Sampler, shape: tuple[int, int, int], stop: Stop) -> None:
         self.sampler, self.shape, self.stop = sampler, shape, stop

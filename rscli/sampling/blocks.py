@@ -61,7 +61,7 @@ class Piece:
         if made is not out:  # a distribution that does not know how to write to a place
             out.copy_(made)
 
-    def parted(self, samples: int) -> tuple[Piece, Piece]:
+    def split_at(self, samples: int) -> tuple[Piece, Piece]:
         """The first `samples` of it, and the others."""
         middle = self.first + samples
         return Piece(self.image, self.block, self.first, middle), Piece(self.image, self.block, middle, self.last)
@@ -75,7 +75,7 @@ def cut(pieces: list[Piece], most: int) -> list[list[Piece]]:
         rest = piece
         while rest.samples > room:
             if room:
-                part, rest = rest.parted(room)
+                part, rest = rest.split_at(room)
                 groups[-1].append(part)
             groups.append([])
             room = most

@@ -20,7 +20,7 @@ MOST_SAMPLES = 10**12
 """More selection samples than this are a mistake."""
 
 
-class Inquiry(Protocol):
+class Request(Protocol):
     """What is asked about one image; the sampler draws `wanted` samples in all, reports counts, and asks again."""
 
     @property
@@ -43,7 +43,7 @@ class Inquiry(Protocol):
 
 
 @dataclass
-class CertifierInquiry:
+class CertifierRequest:
     """A certifier's conversation about one image: selection samples, then look after look at fresh ones.
 
     The certifier is given copies of the counts, and what it says is checked: `PluginError` if it breaks its contract.

@@ -30,12 +30,12 @@ from rscli.runtime.signals import StopRequest, stop_requests
 from rscli.sampling.autotune import Choice
 from rscli.sampling.blocks import BLOCK
 from rscli.sampling.options import SamplingOptions, Work
-from rscli.sampling.requests import CertifierInquiry, Inquiry
+from rscli.sampling.requests import CertifierRequest, Request
 from rscli.sampling.sampler import Sampler
 from rscli.smoothing.cost import at_most
-from rscli.smoothing.images import Images, row_of
 from rscli.smoothing.radii import decided_radii
 from rscli.smoothing.summary import Score, Tally
+from rscli.smoothing.task import CertificationTask, row_of
 from rscli.smoothing.work_queue import Ranks, join
 from rscli.text import same_name
 
@@ -115,12 +115,12 @@ def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest, ran
     if split.note and ranks.rank == 0:
         progress.warn(split.note)
     wanted = _wanted(options, len(split))
-    images = Images(model, certifier, split.image, options.radii, split.labels.__getitem__ if options.labels else None)
-    sampler, protocol = _prepare(model, images, split, options, ranks, progress, stop, wanted)
+    task = CertificationTask(model, certifier, split.image, options.radii, split.labels.__getitem__ if options.labels else None)
+    sampler, protocol = _prepare(model, task, split, options, ranks, progress, stop, wanted)
     with _begin(options, protocol, ranks, stop) as writer:
         for text in writer.notes if ranks.rank == 0 else ():
             progress.warn(text)
-        run = _Run(images, split, sampler, writer, ranks, progress, stop)
+        run = _Run(task, split, sampler, writer, ranks, progress, stop)
         return run.over(wanted, merge=options.shard is None)
 
 
@@ -129,7 +129,7 @@ class _Run:
 
     def __init__(
         self,
-        images: Images,
+        task: CertificationTask,
         split: Split,
         sampler: Sampler,
         writer: ResultWriter,
@@ -137,7 +137,7 @@ class _Run:
         progress: Progress,
         stop: StopRequest,
     ) -> None:
-        self.images, self.split, self.sampler, self.writer = images, split, sampler, writer
+        self.task, self.split, self.sampler, self.writer = task, split, sampler, writer
         self.ranks, self.progress, self.stop = ranks, progress, stop
         self.score = Score(writer.rows)
         self.start = self.shown = self.decided = time.monotonic()
@@ -148,12 +148,12 @@ class _Run:
         todo = [index for index in wanted if index not in self.writer.done]
         self.done = len(wanted) - len(todo)
         handed = self.ranks.hand_out(todo, lambda: self.opened)
-        inquiries = (None if index is None else self._inquire(index) for index in handed)
+        requests = (None if index is None else self._request_for(index) for index in handed)
         self.progress.start("certify", len(wanted), self.done, "image")
         try:
-            for inquiry in self.sampler.run(inquiries, self._tick):
+            for request in self.sampler.run(requests, self._tick):
                 before, self.decided = self.decided, time.monotonic()
-                certificate = self.images.certificate(cast(CertifierInquiry, inquiry))
+                certificate = self.task.certificate(cast(CertifierRequest, request))
                 row = row_of(certificate, int(self.split.labels[certificate.index]), self.decided - before)
                 self.writer.append(row)
                 self.opened -= 1
@@ -179,11 +179,11 @@ class _Run:
             samples = self.ranks.add("samples", 0)
         self.ranks.leave(self.stop)
         seconds = time.monotonic() - self.start
-        return self.score.tally(self.writer.path, self.images.radii, samples, seconds)
+        return self.score.tally(self.writer.path, self.task.radii, samples, seconds)
 
-    def _inquire(self, index: int) -> Inquiry:
+    def _request_for(self, index: int) -> Request:
         self.opened += 1
-        return self.images.inquire(index)
+        return self.task.request_for(index)
 
     def _tick(self) -> bool:
         """Before every batch: shows how far all processes are, now and then, and says whether to stop."""
@@ -199,7 +199,7 @@ class _Run:
 
 def _prepare(
     model: Smoothed,
-    images: Images,
+    task: CertificationTask,
     split: Split,
     options: CertifyOptions,
     ranks: Ranks,
@@ -214,7 +214,7 @@ def _prepare(
     if ranks.rank > 0:
         ranks.meet("protocol", stop)
         _see_protocol(options.out)
-    certifier = images.certifier
+    certifier = task.certifier
     before = read_protocol(options.out) if options.resume or ranks.rank > 0 or options.shard else None
     info = (before or {}).get("info") or {}
     samples = len(wanted) * certifier.n
@@ -223,7 +223,7 @@ def _prepare(
     if choice.speed is not None:
         progress.note(f"trial: {choice}: {choice.speed:,.0f} samples/s")
     if choice.speed is not None and not info:  # of a run that goes on, most may be done
-        progress.note(at_most(images, wanted[0], len(wanted), choice.speed, ranks.world))
+        progress.note(at_most(task, wanted[0], len(wanted), choice.speed, ranks.world))
     return sampler, _protocol(model, certifier, split, sampler, choice, options)
 
 

@@ -26,11 +26,11 @@ from rscli.models.smoothed import Smoothed, Source
 from rscli.registry import installed
 from rscli.runtime.progress import Progress, Silent
 from rscli.sampling.options import SamplingOptions, Work
-from rscli.sampling.requests import CertifierInquiry, Inquiry
+from rscli.sampling.requests import CertifierRequest, Request
 from rscli.smoothing.certify import LONG_RUN, build_certifier
-from rscli.smoothing.images import Images
 from rscli.smoothing.predict import Prediction, image_key, prediction_of, vote
 from rscli.smoothing.radii import decided_radii
+from rscli.smoothing.task import CertificationTask
 
 ImagesLike = Tensor | NDArray[Any] | Sequence[Tensor | NDArray[Any] | Path | str]
 """Images (batch, channel, height, width), uint8 or floats in [0, 1]; or a list of single images, or of image files."""
@@ -145,7 +145,7 @@ class SmoothedClassifier(Smoothed):
         if labels is not None and (len(labels) != len(pixels) or not all(0 <= label < self.classes for label in labels)):
             raise InputError(f"{len(labels)} labels for {len(pixels)} images", f"Labels are from 0 to {self.classes - 1}.")
         place = {key: row for row, key in enumerate(keys)}
-        asked = Images(
+        asked = CertificationTask(
             self,
             rule,
             lambda index: to_unit_if_bytes(pixels[place[index]]),
@@ -156,8 +156,8 @@ class SmoothedClassifier(Smoothed):
             return []
         work = Work(len(keys) * rule.n, early=rule.grid, long=len(keys) * rule.n >= LONG_RUN)
         options = SamplingOptions(self._device(device), batch, precision, None, seed)
-        done = self._run(map(asked.inquire, keys), work, options, progress, pixels[0].shape, len(keys), "certify")
-        found = {inquiry.key: asked.certificate(inquiry) for inquiry in done}
+        done = self._run(map(asked.request_for, keys), work, options, progress, pixels[0].shape, len(keys), "certify")
+        found = {request.key: asked.certificate(request) for request in done}
         return [found[key] for key in keys]
 
     def predict(
@@ -179,7 +179,7 @@ class SmoothedClassifier(Smoothed):
         """
         rule, pixels = vote(n, alpha), self._pixels(images)
         asked = [
-            CertifierInquiry(rule, Question(self.classes), image_key(image), partial(to_unit_if_bytes, image))
+            CertifierRequest(rule, Question(self.classes), image_key(image), partial(to_unit_if_bytes, image))
             for image in pixels
         ]
         options = SamplingOptions(self._device(device), batch, precision, None, seed)
@@ -187,27 +187,27 @@ class SmoothedClassifier(Smoothed):
             return []
         for _ in self._run(iter(asked), Work(len(asked) * n), options, progress, pixels[0].shape, len(asked), "predict"):
             pass
-        return [prediction_of(inquiry, self) for inquiry in asked]
+        return [prediction_of(request, self) for request in asked]
 
     def _run(
         self,
-        inquiries: Iterator[Inquiry],
+        requests: Iterator[Request],
         work: Work,
         options: SamplingOptions,
         progress: Progress | None,
         shape: Sequence[int],
         total: int,
         task: str,
-    ) -> Iterator[CertifierInquiry]:
+    ) -> Iterator[CertifierRequest]:
         progress = progress or Silent()
         shaped = Smoothed(self.network, self.noise, self.class_names, shape=cast(tuple[int, int, int], tuple(shape)))
         with _left_as_it_was(self.network):
             sampler, _ = options.sampler(shaped, work, {}, progress, lambda: False)
             progress.start(task, total, 0, "image")
             try:
-                for number, inquiry in enumerate(sampler.run(inquiries), start=1):
+                for number, request in enumerate(sampler.run(requests), start=1):
                     progress.update(number, {})
-                    yield cast(CertifierInquiry, inquiry)
+                    yield cast(CertifierRequest, request)
             finally:
                 progress.finish()
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from rscli.smoothing.images import Images
+from rscli.smoothing.task import CertificationTask
 
 
-def at_most(images: Images, first: int, count: int, speed: float, world: int) -> str:
+def at_most(task: CertificationTask, first: int, count: int, speed: float, world: int) -> str:
     """A line: the most Monte Carlo samples that certifying `count` images takes, and how long that is.
 
     `first` is the index of one of them; `speed` is that of this process, in samples per second, and there are `world` of them.
     """
-    samples = count * (images.certifier.selection(images.question(first)) + images.certifier.n)
+    samples = count * (task.certifier.selection(task.question(first)) + task.certifier.n)
     return (
         f"{count:,} images, at most {samples:,} samples: about {timedelta(seconds=int(samples / speed / world))} at that speed"
     )

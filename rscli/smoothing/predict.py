@@ -25,7 +25,7 @@ from rscli.runtime.progress import Progress
 from rscli.runtime.seeds import derive
 from rscli.runtime.signals import stop_requests
 from rscli.sampling.options import SamplingOptions, Work
-from rscli.sampling.requests import CertifierInquiry, Inquiry
+from rscli.sampling.requests import CertifierRequest, Request
 from rscli.stats.bounds import smallest_n_for, top_two_p_value
 
 
@@ -120,24 +120,24 @@ def predict(
     opened: dict[int, Path] = {}
     done = 0
 
-    def inquiries() -> Iterator[Inquiry]:
+    def requests() -> Iterator[Request]:
         for path in paths:
             try:
                 pixels = load_image(path, transform)
             except InputError as error:
                 broken.append(Prediction(path, error=error.message))
                 continue
-            inquiry = CertifierInquiry(certifier, Question(model.classes), image_key(pixels), partial(to_unit, pixels))
-            opened[id(inquiry)] = path
-            yield inquiry
+            request = CertifierRequest(certifier, Question(model.classes), image_key(pixels), partial(to_unit, pixels))
+            opened[id(request)] = path
+            yield request
 
     progress.start("predict", len(paths), 0, "image")
     try:
         with stop_requests() as stop:
-            for inquiry in sampler.run(inquiries(), lambda: stop.requested):
+            for request in sampler.run(requests(), lambda: stop.requested):
                 done += 1
                 progress.update(done + len(broken), {})
-                yield prediction_of(cast(CertifierInquiry, inquiry), model, opened.pop(id(inquiry)))
+                yield prediction_of(cast(CertifierRequest, request), model, opened.pop(id(request)))
             if stop.requested:
                 raise Stopped(f"stopped as asked, after {done} images", exit_code=stop.exit_code)
     finally:
@@ -145,12 +145,12 @@ def predict(
     yield from broken
 
 
-def prediction_of(inquiry: CertifierInquiry, model: Smoothed, path: Path | None = None) -> Prediction:
-    """What a finished inquiry says of an image."""
-    decision, counts = inquiry.decision, inquiry.counts
+def prediction_of(request: CertifierRequest, model: Smoothed, path: Path | None = None) -> Prediction:
+    """What a finished request says of an image."""
+    decision, counts = request.decision, request.counts
     if decision is None or counts is None:
-        raise RuntimeError("an inquiry ended without a decision")
+        raise RuntimeError("a request ended without a decision")
     top = int(counts.argmax()) if decision.predict == ABSTAIN else decision.predict
     name = "ABSTAIN" if decision.predict == ABSTAIN else model.class_names[decision.predict]
-    radius = None if isinstance(inquiry.certifier, MajorityVote) else certified_radius(decision, model.noise)
-    return Prediction(path, decision.predict, name, int(counts[top]) / max(inquiry.n, 1), inquiry.n, radius)
+    radius = None if isinstance(request.certifier, MajorityVote) else certified_radius(decision, model.noise)
+    return Prediction(path, decision.predict, name, int(counts[top]) / max(request.n, 1), request.n, radius)

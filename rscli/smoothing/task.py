@@ -12,11 +12,11 @@ from rscli.api import Certificate, Certifier, Question
 from rscli.models.smoothed import Smoothed
 from rscli.results.radius import certified_radius, threshold_of
 from rscli.results.rows import Row
-from rscli.sampling.requests import CertifierInquiry, Inquiry
+from rscli.sampling.requests import CertifierRequest, Request
 
 
-class Images:
-    """Makes the inquiry for the image at an index, and the certificate from its answer.
+class CertificationTask:
+    """Makes the request for the image at an index, and the certificate from its answer.
 
     `image` gives the image at an index, float32 (channel, height, width) in [0, 1] on the CPU. `radii` are those that the
     certifier decides, if it decides given ones; with `label`, the class under test is the one that it gives.
@@ -38,24 +38,24 @@ class Images:
         label = None if self.label is None else int(self.label(index))
         return Question(self.model.classes, self.thresholds, label)
 
-    def inquire(self, index: int) -> Inquiry:
-        """The inquiry about the image at `index`, which is the key of its noise."""
-        return CertifierInquiry(self.certifier, self.question(index), index, partial(self.image, index))
+    def request_for(self, index: int) -> Request:
+        """The request about the image at `index`, which is the key of its noise."""
+        return CertifierRequest(self.certifier, self.question(index), index, partial(self.image, index))
 
-    def certificate(self, inquiry: CertifierInquiry) -> Certificate:
-        """The certificate of a finished inquiry."""
-        assert inquiry.decision is not None and inquiry.plan is not None and inquiry.counts is not None  # noqa: PT018
-        decision = inquiry.decision
+    def certificate(self, request: CertifierRequest) -> Certificate:
+        """The certificate of a finished request."""
+        assert request.decision is not None and request.plan is not None and request.counts is not None  # noqa: PT018
+        decision = request.decision
         return Certificate(
-            index=inquiry.key,
+            index=request.key,
             predict=decision.predict,
             radius=certified_radius(decision, self.model.noise, self.radii),
             p_a=decision.p_a,
             p_b=decision.p_b,
-            n0=inquiry.n0,
-            n=inquiry.n,
-            counts=inquiry.counts,
-            candidate=inquiry.plan.candidate,
+            n0=request.n0,
+            n=request.n,
+            counts=request.counts,
+            candidate=request.plan.candidate,
             reason=decision.reason,
             saturated=decision.saturated,
         )
