@@ -16,6 +16,7 @@ from rscli.errors import PluginError, RscliError
 from rscli.plugin_trial import descriptions
 from rscli.registry import Entry, installed, load_entry, problems
 from rscli.runtime.devices import device_name, slow_bf16, versions
+from rscli.runtime.guard import broken, calling
 
 
 def examine(data_dir: Path) -> dict[str, list[Finding]]:
@@ -83,13 +84,17 @@ def _datasets(data_dir: Path, told: dict[Entry, str | PluginError]) -> Iterator[
         if isinstance(told[entry], PluginError):
             continue  # listed as a plugin; its import may end the process
         try:
-            dataset = cast(type[Dataset], load_entry(entry))()
+            dataset = cast(Dataset, load_entry(entry)())
         except (RscliError, ValidationError):
             continue  # some need settings that only the user knows
         try:
-            yield from dataset.check(data_dir)
-        except Exception as cause:  # somebody else's code: it must not take the other findings with it
-            yield Finding(False, f"the {entry} cannot be examined: {type(cause).__name__}: {cause}", f"Update {entry.package}.")
+            with calling(dataset, "check"):
+                found = list(dataset.check(data_dir))
+            if not all(isinstance(finding, Finding) for finding in found):
+                raise broken(dataset, "check", f"returned {found!r:.80}, which are no findings")
+            yield from found
+        except RscliError as error:  # somebody else's code: it must not take the other findings with it
+            yield Finding(False, error.message, f"Update {entry.package}.")
 
 
 def _plugins(told: dict[Entry, str | PluginError]) -> Iterator[Finding]:

@@ -10,6 +10,15 @@ MOST_TOLD = 25
 """Problems that are told one by one; a file may have thousands."""
 
 
+def reason(error: BaseException) -> str:
+    """An exception of somebody else's in a line of at most some 500 characters: its type, and what it says, if it can."""
+    try:
+        text = " ".join(str(error).split())[:500]
+    except Exception:  # its own __str__ fails
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class RscliError(Exception):
     """Something that the user can fix.
 

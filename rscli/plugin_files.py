@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 from rscli.api import KINDS, Plugin
-from rscli.errors import InputError, PluginError
-from rscli.registry import Entry, announce, check_contract
+from rscli.errors import InputError, PluginError, reason
+from rscli.registry import Entry, announce, check_contract, from_a_signal
 
 DIGEST = "sha256:"
 """What the version of a plugin from a file begins with."""
@@ -64,14 +64,14 @@ def _run(path: Path, source: bytes, digest: str) -> ModuleType:
     sys.modules[name] = module  # classes are looked up there, by pickle and dataclasses
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
-    except (Exception, SystemExit) as cause:
+    except BaseException as cause:
         del sys.modules[name]
+        if from_a_signal(cause):
+            raise
         lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == str(path)]
         line = getattr(cause, "lineno", None) or (lines[-1] if lines else None)
         where = f", line {line}" if line else ""
-        raise PluginError(
-            f"the plugin file {path}{where} does not run: {type(cause).__name__}: {cause}", "Fix the file."
-        ) from cause
+        raise PluginError(f"the plugin file {path}{where} does not run: {reason(cause)}", "Fix the file.") from cause
     return module
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from rscli.errors import PluginError
+from rscli.errors import PluginError, reason
 from rscli.plugin_files import from_file
 from rscli.registry import Entry, description, fix, load_entry
 
@@ -65,7 +65,7 @@ def answer(entries: list[dict[str, str]]) -> None:
             told = _describe(entry)
             reply = {"description": told} if isinstance(told, str) else {"error": told.message, "hint": told.hint}
         except BaseException as cause:  # this process is here to survive it
-            reply = {"error": _ended(entry, f"{type(cause).__name__}: {cause}").message, "hint": fix(entry)}
+            reply = {"error": _ended(entry, reason(cause)).message, "hint": fix(entry)}
         out.write(json.dumps(reply) + "\n")
         out.flush()
     os._exit(0)  # threads and exit handlers of plugins have no say
@@ -82,26 +82,31 @@ def _child(entries: list[Entry], seconds: float) -> Iterator[str | PluginError]:
     """An answer for each of the `entries`, up to the first that ends the child, which is answered, too: at least one."""
     task = json.dumps({"path": sys.path, "entries": [asdict(entry) for entry in entries]})
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-c", CHILD], **pipes, encoding="utf-8") as child:  # type: ignore[call-overload]
-        lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=_listen, args=(child.stdout, lines), daemon=True).start()
-        try:
+    # Not as a context: it would wait for the end of stdout, which a process that a plugin has started may hold open for ever.
+    child = subprocess.Popen([sys.executable, "-c", CHILD], **pipes, encoding="utf-8")  # type: ignore[call-overload]
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_listen, args=(child.stdout, lines), daemon=True).start()
+    try:
+        with child.stdin:
             child.stdin.write(task)
-            child.stdin.close()
-            for entry in entries:
-                reply = None
-                while reply is None:
-                    reply = _parsed(lines.get(timeout=seconds))
-                if not reply:
-                    yield _ended(entry, _how(child.wait(timeout=seconds)))
-                    return
-                yield reply["description"] if "description" in reply else PluginError(reply["error"], reply["hint"])
-        except (queue.Empty, subprocess.TimeoutExpired):
-            yield _ended(entry, f"its import took more than {seconds:g} seconds")
-        except BrokenPipeError:
-            yield _ended(entries[0], _how(child.wait()))
-        finally:
-            child.kill()
+        for entry in entries:
+            reply = None
+            while reply is None:
+                reply = _parsed(lines.get(timeout=seconds))
+            if not reply:
+                yield _ended(entry, _how(child.wait(timeout=seconds)))
+                return
+            yield reply["description"] if "description" in reply else PluginError(reply["error"], reply["hint"])
+    except queue.Empty:
+        status = child.poll()
+        yield _ended(entry, f"its import took more than {seconds:g} seconds" if status is None else _how(status))
+    except subprocess.TimeoutExpired:
+        yield _ended(entry, f"its import took more than {seconds:g} seconds")
+    except BrokenPipeError:
+        yield _ended(entries[0], _how(child.wait()))
+    finally:
+        child.kill()
+        child.wait()
 
 
 def _parsed(line: str) -> Any:
@@ -113,8 +118,9 @@ def _parsed(line: str) -> Any:
 
 
 def _listen(stream: Any, lines: queue.Queue[str]) -> None:
-    for line in stream:
-        lines.put(line)
+    with stream:
+        for line in stream:
+            lines.put(line)
     lines.put("")
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from rscli.api import API_VERSION, KINDS, Plugin, Provenance
 from rscli.distributions import Problem, environment, normalised
-from rscli.errors import PluginError, RscliError
+from rscli.errors import PluginError, RscliError, reason
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Registry:
         except (ValidationError, RscliError):
             raise
         except Exception as cause:  # a validator of the plugin's own
-            raise PluginError(f"the {entry} cannot be built: {type(cause).__name__}: {cause}", fix(entry)) from cause
+            raise PluginError(f"the {entry} cannot be built: {reason(cause)}", fix(entry)) from cause
 
     def provenance(self, kind: str, name: str) -> Provenance:
         """Which package, in which version, provides the plugin. Raises `PluginError` as `find` does."""
@@ -177,8 +177,7 @@ def load_entry(entry: Entry) -> type[Plugin]:
     except BaseException as cause:
         if from_a_signal(cause):
             raise
-        reason = f"{type(cause).__name__}: {cause}"
-        raise PluginError(f"the {entry} does not load: {reason}", fix(entry)) from cause
+        raise PluginError(f"the {entry} does not load: {reason(cause)}", fix(entry)) from cause
     if isinstance(plugin, type):
         _origins[plugin] = entry
     if not (isinstance(plugin, type) and issubclass(plugin, Plugin)) or getattr(plugin, "kind", None) != entry.kind:

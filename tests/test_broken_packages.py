@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -32,6 +33,11 @@ BEHAVIOURS = {
     "quits": ("raise SystemExit(3)\n", "SystemExit: 3"),
     "interrupts": ("raise KeyboardInterrupt\n", "KeyboardInterrupt"),
     "base": ("class Mine(BaseException): pass\nraise Mine('no')\n", "Mine: no"),
+    "closes": ("raise GeneratorExit\n", "GeneratorExit"),
+    "iterates": ("raise StopIteration\n", "StopIteration"),
+    "recurses": ("def f(): return f()\nf()\n", "RecursionError"),
+    "aborts": ("import os\nos.abort()\n", "SIGABRT"),
+    "speechless": ("class Odd(Exception):\n    def __str__(self): return 1 / 0\nraise Odd\n", "Odd"),
     "error": ("raise ValueError('bad')\n", "ValueError: bad"),
     "writes": ("import os\nos.write(1, b'{]\\n')\nraise ValueError('after writing')\n", "after writing"),
 }
@@ -215,6 +221,17 @@ def test_an_import_that_hangs_is_given_up(tmp_path, monkeypatch):
     told = {entry.name: answer for entry, answer in descriptions(found, seconds=6).items()}
     assert "more than 6 seconds" in told["trial_hangs"].message
     assert told["trial_fine"] == "Prints"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_a_plugin_leaves_behind_is_not_waited_for(tmp_path, monkeypatch):
+    """It holds the pipe of the child open, which has ended long ago."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    forking = "import os, time\nif os.fork() == 0:\n    time.sleep(40)\n    os._exit(0)\nos._exit(3)\n"
+    began = time.monotonic()
+    (answer,) = descriptions(modules(tmp_path, {"trial_forks": forking}), seconds=4).values()
+    assert time.monotonic() - began < 30
+    assert "exit code 3" in answer.message
 
 
 @pytest.mark.slow

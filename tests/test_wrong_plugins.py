@@ -19,6 +19,7 @@ from rscli.registry import installed
 from rscli.results.radius import certified_radius, threshold_of
 from rscli.runtime.guard import draw_noise
 from rscli.runtime.progress import Silent
+from rscli.sampling.blocks import NoiseBlocks
 from rscli.sampling.requests import CertifierRequest
 from rscli.smoothing.task import CertificationTask
 from rscli.training.train import TrainOptions, train
@@ -77,6 +78,15 @@ CERTIFIERS = {
     "selection-raises": ("    def selection(self, question): raise KeyError('x')", "failed in selection: KeyError: 'x'"),
     "plan-none": ("    def plan(self, counts, question): return None", "plan returned None"),
     "plan-raises": ("    def plan(self, counts, question): return 1 / 0", "failed in plan: ZeroDivisionError"),
+    "plan-base": (
+        "    def plan(self, counts, question):\n        class Deep(BaseException): pass\n        raise Deep('far down')",
+        "failed in plan: Deep: far down",
+    ),
+    "plan-speechless": (
+        "    def plan(self, counts, question):\n        class Odd(Exception):\n            def __str__(self): return 1 / 0\n"
+        "        raise Odd",
+        "failed in plan: Odd",
+    ),
     "plan-exits": ("    def plan(self, counts, question): raise SystemExit(3)", "failed in plan: SystemExit"),
     "plan-no-class": ("    def plan(self, counts, question): return Plan(17, (5,))", "candidate = 17"),
     "plan-falls": ("    def plan(self, counts, question): return Plan(0, (5, 5))", "looks that do not increase"),
@@ -174,6 +184,10 @@ NOISES = {
         "    def sample(self, shape, **_):\n        import torch\n        return torch.zeros(shape, dtype=torch.int64)",
         "torch.int64",
     ),
+    "sample-double": (
+        "    def sample(self, shape, **_):\n        import torch\n        return torch.zeros(shape, dtype=torch.float64)",
+        "torch.float64",
+    ),
     "sample-raises": (
         "    def sample(self, shape, **_): raise RuntimeError('no luck')",
         "failed in sample: RuntimeError: no luck",
@@ -193,6 +207,15 @@ def test_a_wrong_noise(tmp_path, body, said):
         draw_noise(noise, (2, 3, 4), torch.Generator(), torch.device("cpu"))
 
     refused(tmp_path, said, work=work)
+
+
+@pytest.mark.parametrize(("body", "said"), [("None", "returned None where"), ("images[..., :2]", "returned (1, 3, 2) where")])
+def test_noisy_images_that_are_wrong(tmp_path, body, said):
+    apply = f"    def apply(self, images, noise, *, out=None): return {body}"
+    plugin(tmp_path, f"class Wrong(Noise):\n{RIGHT_NOISE}\n{apply}\n")
+    noise = installed().build("noises", {"name": "wrong", "sigma": 0.5})
+    (piece,) = NoiseBlocks(noise, 0, torch.device("cpu"), 4).pieces(0, torch.zeros(1, 3, 4), 0, 8)
+    refused(tmp_path, said, work=lambda: piece.into(torch.empty(8, 1, 3, 4)))
 
 
 ARCHITECTURES = {
@@ -229,7 +252,19 @@ DATASETS = {
         "test_transform=Transform(channels=1, crop=(5, 5)))",
         "failed in spec: ValidationError",
     ),
-    "load-list": (SPEC + "    def load(self, split, root, *, download=False): return [1, 2]", "load() returned list"),
+    "load-list": (SPEC + "    def load(self, split, root, *, download=False): return [1, 2]", "load returned list"),
+    "load-no-pixels": (
+        SPEC + "    def load(self, split, root, *, download=False): return MemoryImages(None, np.array([0, 1]))",
+        "not a uint8 array",
+    ),
+    "load-no-paths": (
+        SPEC + "    def load(self, split, root, *, download=False): return FileImages(None, np.array([0, 1]))",
+        "gave paths that are no sequence of paths: None",
+    ),
+    "load-numbers-as-paths": (
+        SPEC + "    def load(self, split, root, *, download=False): return FileImages([1, 2], np.array([0, 1]))",
+        "gave paths that are no sequence of paths: [1, 2]",
+    ),
     "load-raises": (
         SPEC + "    def load(self, split, root, *, download=False): raise OSError('gone')",
         "failed in load: OSError",
@@ -255,6 +290,7 @@ TRAINING = {
     "loss-empty": ("Loss", "    def step(self, step): return {}", "at least one named scalar"),
     "loss-vector": ("Loss", "    def step(self, step): return {'ce': step.noisy_logits[0, 0]}", "{'ce': (10,)}"),
     "loss-detached": ("Loss", "    def step(self, step): return {'ce': step.noisy_logits.detach().sum()}", "without gradients"),
+    "loss-unnamed": ("Loss", "    def step(self, step): return {1: step.noisy_logits.sum()}", "it must return named scalars"),
     "loss-raises": ("Loss", "    def step(self, step): raise KeyError('key')", "failed in step: KeyError"),
     "loss-in-place": (
         "Right",
@@ -264,6 +300,8 @@ TRAINING = {
     "loss-setup": ("Right", "    def setup(self, context): return {'x': 1}", "failed in setup: AttributeError"),
     "attack-tensor": ("Attack", "    def perturb(self, step): return step.images", "must return step.moved(images=...)"),
     "attack-shape": ("Attack", "    def perturb(self, step): return step.moved(images=step.images[1:])", "images of shape"),
+    "attack-array": ("Attack", "    def perturb(self, step): return step.moved(images=step.images.numpy())", "no tensor of"),
+    "attack-double": ("Attack", "    def perturb(self, step): return step.moved(noise=step.noise.double())", "no tensor of"),
     "attack-box": ("Attack", "    def perturb(self, step): return step.moved(images=step.images + 1)", "must be in [0, 1]"),
     "attack-in-place": (
         "Attack",
@@ -272,6 +310,7 @@ TRAINING = {
     ),
     "attack-raises": ("Attack", "    def perturb(self, step): raise IndexError('far')", "failed in perturb: IndexError: far"),
     "optimizer": ("Optimizer", "    def build(self, model): return 1 / 0", "failed in build: ZeroDivisionError"),
+    "optimizer-none": ("Optimizer", "    def build(self, model): return None", "returned None, which is no optimiser"),
     "schedule-none": ("Schedule", "    def factor(self, epoch, epochs): return None", "a factor = None"),
     "schedule-raises": ("Schedule", "    def factor(self, epoch, epochs): raise TypeError('t')", "failed in factor: TypeError"),
     "logger": ("Logger", "    def open(self, run): raise OSError('full')", "failed in open: OSError"),

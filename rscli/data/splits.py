@@ -365,13 +365,18 @@ def _label_bytes(labels: NDArray[np.int64]) -> bytes:
 
 
 def _images_problem(found: object, spec: DataSpec) -> str | None:
+    classes = len(spec.class_names)
     if isinstance(found, MemoryImages):
-        count, problem = len(found.images), _pixels_problem(found, spec)
-    elif isinstance(found, FileImages):
-        count, problem = len(found.paths), None
-    else:
-        return f"load() returned {type(found).__name__}, neither MemoryImages nor FileImages"
-    return problem or _labels_problem(found.labels, count, len(spec.class_names))
+        return _pixels_problem(found, spec) or _labels_problem(found.labels, len(found.images), classes)
+    if isinstance(found, FileImages):
+        return _paths_problem(found) or _labels_problem(found.labels, len(found.paths), classes)
+    return f"returned {type(found).__name__}, neither MemoryImages nor FileImages"
+
+
+def _paths_problem(found: FileImages) -> str | None:
+    if not isinstance(found.paths, Sequence) or not all(isinstance(path, str | os.PathLike) for path in found.paths):
+        return f"gave paths that are no sequence of paths: {found.paths!r:.80}"
+    return None
 
 
 def _pixels_problem(found: MemoryImages, spec: DataSpec) -> str | None:

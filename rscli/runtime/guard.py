@@ -15,7 +15,7 @@ from typing import Any, SupportsFloat
 import torch
 
 from rscli.api import Certifier, Noise, Plugin
-from rscli.errors import PluginError, RscliError
+from rscli.errors import PluginError, RscliError, reason
 from rscli.registry import origin_of
 from rscli.runtime.memory import out_of_memory
 
@@ -53,13 +53,14 @@ class calling:  # noqa: N801  # reads as a phrase
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None or isinstance(error, RscliError | MemoryError) or not isinstance(error, Exception | SystemExit):
+        if error is None or isinstance(error, RscliError | MemoryError | KeyboardInterrupt):
             return
-        if out_of_memory(error):
+        if not isinstance(error, Exception) and type(error).__module__.startswith("rscli."):  # what a signal raises
             return
-        text = " ".join(str(error).split())[:500]
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            return
         raise PluginError(
-            f"{described(self.plugin)} failed in {self.method}: {type(error).__name__}: {text}",
+            f"{described(self.plugin)} failed in {self.method}: {reason(error)}",
             "Report this to its author; --debug shows where it happened.",
         ) from error
 
@@ -70,7 +71,7 @@ def draw_noise(smoothing: Noise, shape: tuple[int, ...], generator: torch.Genera
         noise = smoothing.sample(shape, generator=generator, device=device)
     if not isinstance(noise, torch.Tensor):
         raise broken(smoothing, "sample", f"returned {noise!r:.80}, which is no tensor")
-    if tuple(noise.shape) != tuple(shape) or noise.device.type != device.type or not noise.is_floating_point():
+    if tuple(noise.shape) != tuple(shape) or noise.device.type != device.type or noise.dtype != torch.float32:
         found = f"{tuple(noise.shape)}, {noise.dtype}, on {noise.device}"
         raise broken(smoothing, "sample", f"returned noise of {found}, where {tuple(shape)}, float32, on {device} is wanted")
     return noise

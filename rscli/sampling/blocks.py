@@ -56,8 +56,9 @@ class Piece:
         noise = self.block.noise()[self.first : self.last]
         with calling(self.block.smoothing, "apply"):
             made = self.block.smoothing.apply(self.image, noise, out=out)
-        if made.shape != out.shape:
-            raise broken(self.block.smoothing, "apply", f"returned {tuple(made.shape)} where {tuple(out.shape)} is wanted")
+        if not isinstance(made, Tensor) or made.shape != out.shape:
+            found = tuple(made.shape) if isinstance(made, Tensor) else f"{made!r:.80}"
+            raise broken(self.block.smoothing, "apply", f"returned {found} where {tuple(out.shape)} is wanted")
         if made is not out:  # a distribution that does not know how to write to a place
             out.copy_(made)
 

@@ -50,6 +50,8 @@ class Trainer:
         self.classifier = classifier.to(memory_format=self.layout)
         with calling(resolved.optimizer, "build"):
             self.optimizer = resolved.optimizer.build(self.classifier)
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise broken(resolved.optimizer, "build", f"returned {self.optimizer!r:.80}, which is no optimiser of torch's")
         self.batches = split.steps(self.config.batch)
         self.epoch, self.batch = 0, 0
         self.on_figures: Callable[[Mapping[str, Any]], None] | None = None
@@ -175,6 +177,8 @@ def attacked(attack: Attack, step: TrainStep) -> TrainStep:
         raise broken(attack, "perturb", f"returned a {type(moved).__name__}: it must return step.moved(images=...)")
     for what in ("images", "noise"):
         here, there = getattr(step, what), getattr(moved, what)
+        if not isinstance(there, Tensor) or there.dtype != here.dtype or there.device != here.device:
+            raise broken(attack, "perturb", f"returned {what} that are no tensor of {here.dtype} on {here.device}")
         if there.shape != here.shape:
             raise broken(attack, "perturb", f"returned {what} of shape {tuple(there.shape)}, not {tuple(here.shape)}")
     images = moved.images.detach()
@@ -197,7 +201,7 @@ def _terms(loss: Loss, step: TrainStep) -> dict[str, Tensor]:
     """The named terms of the objective. Raises `PluginError` unless they are scalars, at least one."""
     with calling(loss, "step"), _untouched(loss, "step", step):
         terms = loss.step(step)
-    if not isinstance(terms, dict) or not all(isinstance(term, Tensor) for term in terms.values()):
+    if not isinstance(terms, dict) or not all(isinstance(k, str) and isinstance(term, Tensor) for k, term in terms.items()):
         raise broken(loss, "step", f"returned {terms!r:.80}: it must return named scalars, such as {{'ce': ...}}")
     if not terms or any(term.ndim for term in terms.values()):
         shapes = {name: tuple(term.shape) for name, term in terms.items()}
