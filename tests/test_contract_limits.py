@@ -340,3 +340,101 @@ def test_a_network_keeps_its_layout():
     before = [(parameter.data_ptr(), parameter.stride()) for parameter in network.parameters()]
     rscli.SmoothedClassifier(network, sigma=0.5, class_names=2).certify(torch.rand(2, 3, 8, 8), n=50, alpha=0.1)
     assert [(parameter.data_ptr(), parameter.stride()) for parameter in network.parameters()] == before
+
+
+# --- files and names of an older version -------------------------------------------------------------------------------------
+
+
+def older(folder: Path) -> None:
+    """Makes the protocol beside `r.tsv` one of format 1, as the version before wrote it for the sequential certifier."""
+    path = folder / "r.tsv.protocol.json"
+    protocol = json.loads(path.read_text())
+    certifier = protocol["certifier"]
+    certifier.pop("decisive")
+    certifier["give_up"] = certifier.pop("futility")
+    for key in ("sha256", "norm"):
+        protocol.pop(key)
+    for key in ("preset", "overrides", "classes", "images"):
+        protocol["info"].pop(key)
+    path.write_text(json.dumps({**protocol, "format": 1}))
+
+
+def test_results_of_format_1_go_on(tmp_path):
+    train(digits("epochs=1"), options(tmp_path), Silent())
+    out = tmp_path / "r.tsv"
+    words = ["certify", tmp_path / "run", "--n", "500", "--certifier", "sequential", "--radii", "0,0.25", "--out", out, "-q"]
+
+    def certify(*more: str):
+        return CliRunner().invoke(app, [*map(str, words), *more])
+
+    assert certify("--max", "6").exit_code == 0
+    whole = [line.split("\t") for line in out.read_text().splitlines()]
+    out.write_text("".join("\t".join(line) + "\n" for line in whole[:4]))
+    older(tmp_path)
+    answer = certify("--max", "6", "--resume")
+    assert answer.exit_code == 0, answer.stderr
+    assert [line.split("\t")[:5] for line in out.read_text().splitlines()] == [line[:5] for line in whole]
+    other = certify("--max", "6", "--resume", "--set", "certifier.futility=0.01")
+    assert other.exit_code == 2
+    assert "certifier.futility was 0.001, is now 0.01" in other.stderr
+
+
+def test_a_label_that_is_not_that_of_the_data_is_found_on_resume(tmp_path):
+    train(digits("epochs=1"), options(tmp_path), Silent())
+    out = tmp_path / "r.tsv"
+    words = ["certify", str(tmp_path / "run"), "--n", "300", "--out", str(out), "-q"]
+    assert CliRunner().invoke(app, [*words, "--max", "5"]).exit_code == 0
+    lines = [line.split("\t") for line in out.read_text().splitlines()]
+    at = next(number for number, line in enumerate(lines) if number and line[2] == line[1])
+    lines[at][1] = lines[at][2] = str((int(lines[at][1]) + 1) % 10)
+    out.write_text("".join("\t".join(line) + "\n" for line in lines))
+    answer = CliRunner().invoke(app, [*words, "--max", "6", "--resume"])
+    assert answer.exit_code == 2
+    assert f"image {lines[at][0]} has the label {lines[at][1]}" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("sets", "milestones", "said"),
+    [
+        (["schedule.drops=[7]"], (7,), "schedule.drops is called schedule.milestones now (--set)"),
+        (["schedule.drops=[7]", "schedule.milestones=[5]"], (5,), "is left out"),
+        (["schedule.milestones=[5]"], (5,), None),
+        (["schedule.name=rscli:step"], (14, 18), None),
+    ],
+    ids=["old", "both", "new", "qualified"],
+)
+def test_old_names_win_over_lower_layers_and_are_said(sets, milestones, said):
+    found = resolve("digits-cons-0.25", sets=sets)
+    assert found.schedule.milestones == milestones
+    assert found.notes == () if said is None else said in found.notes[0]
+    if said is not None:
+        assert found.sources["schedule.milestones"] == "--set"
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.pt", "a/b.jsonl", "../x.jsonl", ".x.jsonl"])
+def test_a_log_does_not_take_the_place_of_another_file(name):
+    with pytest.raises(InputError, match=r"loggers\.jsonl\.file"):
+        resolve("digits-cons-0.25", sets=[f"loggers.jsonl.file={name}"])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("class Wrong(Optimizer):\n    def build(self, model):\n        import torch\n\n        return torch.optim.LBFGS(model.parameters())\n", "closure"),
+        ("class Wrong(Schedule):\n    def factor(self, epoch, epochs):\n        return -1.0\n", "never negative"),
+        ("class Wrong(Logger):\n    def open(self, run):\n        return None\n", "no LogWriter"),
+    ],
+    ids=["closure", "negative", "no-log"],
+)  # fmt: skip
+def test_what_newer_kinds_return_is_checked(tmp_path, body, said):
+    load_plugin_file(plugins(tmp_path, body))
+    kind = body.partition("(")[2].partition(")")[0].lower()
+    chosen = "loggers.wrong={}" if kind == "logger" else f"{kind}.name=wrong"
+    more = ["optimizer.lr=0.1"] if kind == "optimizer" else []
+    with pytest.raises(PluginError, match=said):
+        train(digits(chosen, "epochs=1", *more), options(tmp_path), Silent())
+
+
+def test_what_is_no_network_is_refused_at_once():
+    with pytest.raises(InputError, match="must be a torch module"):
+        rscli.SmoothedClassifier(lambda images: images, sigma=1.0, class_names=10)

@@ -59,7 +59,12 @@ def listing(context: typer.Context, json: opt.Json = False, _plugin: opt.PluginF
 @plugins.command("info")
 @boundary
 def info(
-    kind: Annotated[str, typer.Argument(help="noises, losses, attacks, architectures, datasets or certifiers")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="noises, losses, attacks, architectures, datasets, certifiers, optimizers, schedules, loggers or callbacks"
+        ),
+    ],
     name: Annotated[str, typer.Argument(help="As `rscli plugins` lists it; package:name chooses between packages.")],
     json: opt.Json = False,
     _plugin: opt.PluginFiles = None,

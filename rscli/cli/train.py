@@ -78,14 +78,14 @@ def train(
     )
     alone = out is not None and seeds is None  # --out is the run folder itself
     runs = [(one, how if alone else replace(how, out=how.out / f"seed{one.config.seed}")) for one in every]
+    progress = listener(quiet)
+    for note in every[0].notes:
+        progress.note(note)
     if dry_run:
         _show_plans(runs, json, several=seeds is not None)
         return
     if len(runs) > 1 and not resume:
         _check_unused(runs)
-    progress = listener(quiet)
-    for note in every[0].notes:
-        progress.note(note)
     answers = []
     for resolved, options in runs:
         if len(runs) > 1:

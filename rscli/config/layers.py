@@ -137,18 +137,22 @@ def resolve(
 
     Raises `ConfigError` with every problem of the values, and `InputError` for an unknown preset or a file that cannot be read.
     """
-    settings = defaults()
+    settings, notes = defaults(), list[str]()
+
+    def put(layer: Settings) -> Settings:
+        return stack(settings, _with_new_names(layer, settings, notes))
+
     if preset is not None:
-        settings = stack(settings, flatten(load_preset(preset).settings, f"preset {preset}"))
+        settings = put(flatten(load_preset(preset).settings, f"preset {preset}"))
     if config_file is not None:
         values = read_settings(config_file)
         values.pop("preset", None)  # the file may be a copy of a preset, which says in that section what it is
-        settings = stack(settings, flatten(values, str(config_file)))
+        settings = put(flatten(values, str(config_file)))
     chosen, malformed = read_sets(sets, settings)
-    settings = stack(settings, chosen)
+    settings = put(chosen)
     given = {key: value for key, value in (flags or {}).items() if value is not None}
-    settings = stack(settings, {tuple(key.split(".")): Setting(value, _flag(key)) for key, value in given.items()})
-    return _assemble(settings, malformed, preset)
+    settings = put({tuple(key.split(".")): Setting(value, _flag(key)) for key, value in given.items()})
+    return _assemble(settings, malformed, preset, tuple(notes))
 
 
 def read_sets(sets: Iterable[str], lower: Settings, kinds: Mapping[str, str] = SECTIONS) -> tuple[Settings, list[str]]:
@@ -188,12 +192,14 @@ def _type_in_group(key: Key) -> Any:
 
 def rebuild(config: Mapping[str, Any], source: str = "saved configuration") -> Resolved:
     """The configuration that `Resolved.as_dict` wrote down. Raises `ConfigError` if it no longer fits the installed plugins."""
-    return _assemble(stack(defaults(), flatten(config, source)))
+    lower = defaults()
+    return _assemble(stack(lower, _with_new_names(flatten(config, source), lower, [])))
 
 
-def _assemble(settings: Settings, malformed: Iterable[str] = (), preset: str | None = None) -> Resolved:
+def _assemble(
+    settings: Settings, malformed: Iterable[str] = (), preset: str | None = None, notes: tuple[str, ...] = ()
+) -> Resolved:
     """Validates everything, builds the plugins, and fills in their defaults."""
-    settings, notes = _with_new_names(settings)
     problems = Problems(settings, malformed)
     for key, setting in settings.items():
         if any(isinstance(number, float) and not math.isfinite(number) for number in scalars(setting.value)):
@@ -219,20 +225,27 @@ def _assemble(settings: Settings, malformed: Iterable[str] = (), preset: str | N
     return Resolved(config, plugins, groups, origins, provenance, preset, notes)
 
 
-def _with_new_names(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
-    """`settings` with the names that fields have now, and a note for each that had another one in an earlier version."""
-    found, notes = dict(settings), []
+def _with_new_names(layer: Settings, lower: Settings, notes: list[str]) -> Settings:
+    """A `layer` over `lower` with the names that fields have now; a note for each that had another in an earlier version."""
+    found = dict(layer)
     for section, kind in SECTIONS.items():
-        named = settings.get((section, "name"))
+        named = layer.get((section, "name")) or lower.get((section, "name"))
         try:
             renamed = registry.installed().load(kind, str(named.value)).renamed if named else {}
         except PluginError:
             continue  # said when the section is built
         for old, new in renamed.items():
-            if (section, old) in found and (section, new) not in found:
-                found[section, new] = found.pop((section, old))
-                notes.append(f"{section}.{old} is called {section}.{new} now ({found[section, new].source})")
-    return found, tuple(notes)
+            if (section, old) not in found:
+                continue
+            given = found.pop((section, old))
+            if (section, new) in found:
+                notes.append(
+                    f"{section}.{old} ({given.source}) is left out: it is called {section}.{new} now, which is given too"
+                )
+            else:
+                notes.append(f"{section}.{old} is called {section}.{new} now ({given.source})")
+                found[section, new] = given
+    return found
 
 
 def _head(nested: dict[str, Any], problems: Problems) -> TrainConfig | None:

@@ -9,6 +9,8 @@ from typing import Any
 from rscli.config.decode import DEEPEST, BoundError
 from rscli.config.schema import SECTIONS
 from rscli.config.words import read_word
+from rscli.errors import PluginError
+from rscli.registry import installed
 
 Key = tuple[str, ...]
 """A dotted key, split: `loss.lbd` is `("loss", "lbd")`."""
@@ -46,9 +48,19 @@ def stack(lower: Settings, higher: Settings) -> Settings:
     renamed = {
         section
         for section in SECTIONS
-        if (name := (section, "name")) in higher and name in lower and higher[name].value != lower[name].value
+        if (name := (section, "name")) in higher and name in lower and _others(section, higher[name].value, lower[name].value)
     }
     return _overlay({key: setting for key, setting in lower.items() if key[0] not in renamed}, higher)
+
+
+def _others(section: str, one: Any, other: Any) -> bool:
+    """Whether two names mean different plugins, or variants: `rscli:step` and `step` may be the same."""
+    if one == other:
+        return False
+    try:
+        return installed().find(SECTIONS[section], str(one)) != installed().find(SECTIONS[section], str(other))
+    except PluginError:
+        return True
 
 
 def parse_sets(sets: Iterable[str], types: Callable[[Key], Any] = lambda _: Any) -> tuple[Settings, list[str]]:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rscli.api import Certifier
-from rscli.errors import InputError, PluginError
-from rscli.registry import installed
+from rscli.errors import InputError
+from rscli.results.protocol import certifier_of
 from rscli.results.reader import Results
 
 if TYPE_CHECKING:
@@ -35,13 +34,7 @@ def undecided(run: Results, radii: Sequence[float]) -> tuple[float, ...]:
 
 
 def _certifier(run: Results) -> dict[str, Any]:
-    """What the protocol says of the certifier, under the names that its settings have now."""
-    told = (run.protocol or {}).get("certifier") or {}
-    try:
-        plugin = cast(type[Certifier], installed().load("certifiers", str(told.get("name"))))
-    except PluginError:  # not installed: what the protocol says by itself must do
-        return {"decisive": (), **told}
-    return {"decisive": plugin.decisive, **{plugin.renamed.get(key, key): value for key, value in told.items()}}
+    return certifier_of(run.protocol or {})
 
 
 Reader = Callable[[Results], Any]

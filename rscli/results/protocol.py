@@ -9,12 +9,14 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rscli.api import Certifier
 from rscli.config.problems import faults
-from rscli.errors import InputError
+from rscli.errors import InputError, PluginError
+from rscli.registry import installed
 from rscli.results.rows import LARGEST_COUNT
 from rscli.runtime.files import read_json, write_text, writing
 
@@ -27,7 +29,7 @@ BEING_WRITTEN_SECONDS = 2.0
 OF_THE_START = ("start", "skip", "max", "trial")
 """Entries of `info` that say which images a run began with, and whether after a trial; one that goes on may take others."""
 
-OF_THE_MODEL = ("classes", "images")
+OF_THE_MODEL = ("classes", "images", "preset", "overrides")
 """Entries of `info` that older protocols lack: classes and images are those of the model and the split, whose digests agree."""
 
 
@@ -192,6 +194,24 @@ def _shown(values: dict[str, Any], key: str) -> str:
     return json.dumps(values[key], ensure_ascii=False) if key in values else "absent"
 
 
+def certifier_of(protocol: dict[str, Any]) -> dict[str, Any]:
+    """What a protocol says of its certifier, under the names that its settings have now; with which of them are decisive."""
+    told = protocol.get("certifier") or {}
+    try:
+        plugin = cast(type[Certifier], installed().load("certifiers", str(told.get("name"))))
+    except PluginError:  # not installed: what the protocol says by itself must do
+        return {"decisive": (), **told}
+    return {"decisive": plugin.decisive, **{plugin.renamed.get(key, key): value for key, value in told.items()}}
+
+
+def _decisive(protocol: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for rows of one file, without what the protocol `before`, of an older version, could not say."""
+    certifier = {key: value for key, value in certifier_of(protocol).items() if key != "decisive"}
+    if "version" not in (before.get("certifier") or {}) and before["format"] < FORMAT:
+        certifier.pop("version", None)
+    return {**protocol, "norm": protocol.get("norm", "L2"), "certifier": certifier, "info": {}, "format": 0, "sha256": ""}
+
+
 def agree(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
     """What differs in `info`, as notes. Raises `InputError` if there is no protocol, or anything else differs."""
     if before is None:
@@ -200,7 +220,7 @@ def agree(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> lis
             "Put the protocol file back, or choose another --out.",
         )
     info = [dict(protocol.get("info") or {}) for protocol in (before, now)]
-    changed = differences(*({**protocol, "info": {}, "format": 0, "sha256": ""} for protocol in (before, now)))
+    changed = differences(*(_decisive(protocol, before) for protocol in (before, now)))
     if changed:
         raise InputError(
             f"{path} was begun with another protocol:\n" + "\n".join(f"  {line}" for line in changed),

@@ -120,8 +120,21 @@ def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest, ran
     with _begin(options, protocol, ranks, stop) as writer:
         for text in writer.notes if ranks.rank == 0 else ():
             progress.warn(text)
+        _check_labels(writer, split)
         run = _Run(task, split, sampler, writer, ranks, progress, stop)
         return run.over(wanted, merge=options.shard is None)
+
+
+def _check_labels(writer: ResultWriter, split: Split) -> None:
+    """Raises `InputError` if a row that is there already has another label than the data."""
+    known = (row for row in writer.rows if row.idx < len(split))
+    wrong = next((row for row in known if row.label != split.labels[row.idx]), None)
+    if wrong is not None:
+        label = split.labels[wrong.idx]
+        raise InputError(
+            f"{writer.path} says that image {wrong.idx} has the label {wrong.label}, and the data say {label}",
+            "Restore the file, or remove the row: its image is then certified again.",
+        )
 
 
 class _Run:

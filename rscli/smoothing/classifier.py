@@ -66,6 +66,10 @@ class SmoothedClassifier(Smoothed):
         """
         if (sigma is None) == (noise is None):
             raise InputError("a smoothed classifier needs its noise", "Give either sigma=0.5, say, or noise=PLUGIN.")
+        if not isinstance(network, nn.Module):
+            raise InputError(
+                f"the network is a {type(network).__name__}, and must be a torch module", "Wrap it in an nn.Module."
+            )
         found = noise if noise is not None else _default_noise(sigma)
         names = tuple(map(str, range(class_names))) if isinstance(class_names, int) else tuple(class_names)
         if not names:

@@ -19,7 +19,7 @@ def decided_radii(certifier: Certifier, noise: Noise, asked: tuple[float, ...]) 
         if asked:
             name = type(certifier).__name__
             hint = "Leave the radii out, or choose a certifier that decides given ones: `rscli plugins` lists them."
-            raise InputError(f"the certifier {name} gives each image as large a radius as it can, and takes no --radii", hint)
+            raise InputError(f"the certifier {name} gives each image as large a radius as it can, and takes no radii", hint)
         return ()
     return asked or grid_radii(certifier, noise)
 

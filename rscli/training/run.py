@@ -16,7 +16,7 @@ from torch import Tensor
 from rscli.api import Callback, Certificate, Logger, LogWriter, Run
 from rscli.data.splits import Split
 from rscli.errors import Stopped
-from rscli.runtime.guard import calling
+from rscli.runtime.guard import broken, calling
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest
 from rscli.smoothing.classifier import SmoothedClassifier
@@ -141,7 +141,9 @@ class TrainingRun(Run):
     def _opened(self, logger: Logger, open_logs: ExitStack) -> tuple[Logger, LogWriter]:
         with calling(logger, "open"):
             log = logger.open(self)
-            open_logs.callback(log.close)
+        if not isinstance(log, LogWriter):
+            raise broken(logger, "open", f"returned {log!r:.80}, which is no LogWriter")
+        open_logs.callback(log.close)
         return logger, log
 
     def _call(self, moment: str) -> None:

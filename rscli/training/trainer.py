@@ -6,6 +6,7 @@ stopped between two batches continues exactly where it was.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -52,6 +53,8 @@ class Trainer:
             self.optimizer = resolved.optimizer.build(self.classifier)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise broken(resolved.optimizer, "build", f"returned {self.optimizer!r:.80}, which is no optimiser of torch's")
+        if inspect.signature(self.optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise broken(resolved.optimizer, "build", f"returned {type(self.optimizer).__name__}, whose step needs a closure")
         self.batches = split.steps(self.config.batch)
         self.epoch, self.batch = 0, 0
         self.on_figures: Callable[[Mapping[str, Any]], None] | None = None
@@ -80,7 +83,10 @@ class Trainer:
         schedule = self.resolved.schedule
         with calling(schedule, "factor"):
             factor = schedule.factor(self.epoch + self.batch / self.batches, self.config.epochs)
-        return number(schedule, "factor", "a factor", factor)
+        found = number(schedule, "factor", "a factor", factor)
+        if found < 0:
+            raise broken(schedule, "factor", f"gave {found}: a learning rate is never negative")
+        return found
 
     @property
     def lr(self) -> float:

@@ -16,7 +16,12 @@ from rscli.api import Logger, LogWriter, Run
 class JsonLines(Logger):
     """One JSON object per epoch, in a file of the run folder."""
 
-    file: str = Field("metrics.jsonl", pattern=r"^[\w-][\w.-]*$", max_length=100, description="name in the run folder")
+    file: str = Field(
+        "metrics.jsonl",
+        pattern=r"^[\w-][\w.-]*\.jsonl$",
+        max_length=100,
+        description="name in the run folder, ending in .jsonl",
+    )
 
     def open(self, run: Run) -> LogWriter:
         """Goes on with the file: lines of epochs that were not saved before a kill are dropped, and so is a torn last one."""
