@@ -521,5 +521,5 @@ def test_too_few_samples_to_certify_anything_are_refused():
 
     with pytest.raises(InputError, match="n is 9") as error:
         build_certifier({"name": "cohen", "n": 9, "alpha": 0.001})
-    assert "--n 10" in str(error.value)
+    assert "n = 10" in str(error.value)
     assert build_certifier({"name": "cohen", "n": 10, "alpha": 0.001}).n == 10

@@ -420,7 +420,8 @@ def test_a_log_does_not_take_the_place_of_another_file(name):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("class Wrong(Optimizer):\n    def build(self, model):\n        import torch\n\n        return torch.optim.LBFGS(model.parameters())\n", "closure"),
+        ("class Wrong(Optimizer):\n    def build(self, model):\n        from torch.optim import LBFGS\n\n"
+         "        return LBFGS(model.parameters())\n", "closure"),
         ("class Wrong(Schedule):\n    def factor(self, epoch, epochs):\n        return -1.0\n", "never negative"),
         ("class Wrong(Logger):\n    def open(self, run):\n        return None\n", "no LogWriter"),
     ],
