@@ -15,8 +15,8 @@ TORCH = {"runtime", "data", "models", "results", "sampling", "smoothing", "train
 SLOW = {"torch", "timm", "torchvision", "sklearn", "matplotlib", "pandas"}
 
 ORDER = (
-    "errors", "api", "stats", "registry", "config", "runtime", "data", "models", "results", "sampling", "smoothing", "training",
-    "doctor", "report", "cli",
+    "errors", "text", "system", "api", "stats", "registry", "config", "runtime", "data", "models", "results", "sampling",
+    "smoothing", "training", "doctor", "report", "cli",
 )  # fmt: skip
 MAY_IMPORT = {layer: set(ORDER[:place]) for place, layer in enumerate(ORDER)}
 MAY_IMPORT |= {"api": {"errors"}, "report": set(ORDER[: ORDER.index("training")]), "__main__": {"cli"}, "__init__": set()}

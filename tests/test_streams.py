@@ -146,7 +146,7 @@ def test_a_signal_while_modules_are_read_is_said_in_a_line(tmp_path, number, cod
     """`rich.table` stands for any module that takes its time: `rscli presets` reads it."""
     (tmp_path / "rich").mkdir()
     (tmp_path / "rich/__init__.py").write_text("")
-    (tmp_path / "rich/markup.py").write_text(module)
+    (tmp_path / "rich/table.py").write_text(module)
     environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-c", "from rscli.cli.app import main; main()", "presets"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -25,11 +25,12 @@ def main() -> None:
                 app()
             finally:
                 sys.stdout.flush()  # here a full disk can still be reported; when the interpreter ends it could not
-        except RscliError as error:  # from outside the commands: --help, --version, and the flush
-            if os.environ.get(boundary.DEBUG):
+        except (RscliError, OSError) as error:  # from outside the commands: --help, --version, and the flush
+            known = boundary.in_words(error)
+            if known is None or os.environ.get(boundary.DEBUG):
                 raise
-            boundary.show(error)
-            sys.exit(error.exit_code)
+            boundary.show(known)
+            sys.exit(known.exit_code)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -57,8 +58,9 @@ def compare(
 
         rscli compare runs/mnist-cons-0.5/seed* --published
     """
-    from rscli.cli.output import stderr, stdout
+    from rscli.cli.output import emit_json, stderr, stdout
     from rscli.errors import InputError
+    from rscli.report.export import as_json
     from rscli.report.groups import grouped
     from rscli.report.plot import check_plot_path, save_plot
     from rscli.report.published import with_published
@@ -72,7 +74,9 @@ def compare(
     if plot is not None:
         check_plot_path(plot)
     read = [read_results(path) for path in results]
-    if out is not None and out.resolve() in [p.resolve() for run in read for p in (run.path, protocol_path(run.path))]:
+    if out is not None and os.path.realpath(out) in [
+        os.path.realpath(p) for run in read for p in (run.path, protocol_path(run.path))
+    ]:
         raise InputError(f"--out {out} is one of the results, or its protocol", "Choose another file.")
     chosen = names.split(",") if names else ()
     comparison = compared(read, radii=opt.numbers(radii, "--radii"), names=chosen, allow_different=allow_different)
@@ -81,12 +85,14 @@ def compare(
     if published:
         comparison = with_published(comparison)
     for note in comparison.notes:
-        stderr().print(f"warning: {note}", style="yellow", markup=False)
+        stderr().print(f"warning: {note}", style="yellow")
     if plot is not None:
         save_plot(comparison, plot)
     if out is not None:
         write_text(out, render(comparison, form))
     elif form is Format.table:
         print_tables(comparison, stdout())
+    elif form is Format.json:
+        emit_json(as_json(comparison))
     else:
         sys.stdout.write(render(comparison, form))

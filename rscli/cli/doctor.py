@@ -25,10 +25,10 @@ def doctor(data_dir: opt.DataDir = opt.DATA_DIR, json: opt.Json = False) -> None
         return
     console = stdout()
     for heading, found in findings.items():
-        console.print(heading, style="bold", markup=False)
+        console.print(heading, style="bold")
         for finding in found:
             mark, style = ("ok", "green") if finding.ok else ("--", "yellow")
-            console.print(f"  [{style}]{mark}[/] ", end="")
-            console.print(finding.text, markup=False, highlight=False)
+            console.print(f"  {mark} ", end="", style=style)
+            console.print(finding.text, highlight=False)
             if finding.hint:
-                console.print(f"     {finding.hint}", style="dim", markup=False, highlight=False)
+                console.print(f"     {finding.hint}", style="dim", highlight=False)

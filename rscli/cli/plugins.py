@@ -34,7 +34,7 @@ def listing(context: typer.Context, json: opt.Json = False) -> None:
         return
     from rich.table import Table
 
-    from rscli.cli.output import emit_json, stdout
+    from rscli.cli.output import cell, emit_json, stdout
     from rscli.registry import installed
 
     rows = [_row(entry) for entry in installed().entries() if entry.kind != "presets"]
@@ -43,8 +43,8 @@ def listing(context: typer.Context, json: opt.Json = False) -> None:
         return
     table = Table("kind", "name", "package", "version", "description", box=None, pad_edge=False)
     for row in rows:
-        text = f"[red]broken:[/] {_escape(row['error'])}" if row["error"] else _escape(row["description"])
-        table.add_row(row["kind"], row["name"], row["package"], row["version"], text)
+        text = cell("broken:", "red") + cell(f" {row['error']}") if row["error"] else cell(row["description"])
+        table.add_row(*(cell(row[key]) for key in ("kind", "name", "package", "version")), text)
     stdout().print(table)
 
 
@@ -61,7 +61,7 @@ def info(
     """
     from rich.table import Table
 
-    from rscli.cli.output import emit_json, stdout
+    from rscli.cli.output import cell, emit_json, stdout
     from rscli.registry import installed
 
     registry = installed()
@@ -71,11 +71,11 @@ def info(
         emit_json({"kind": kind, "name": origin.name, "package": origin.package, "version": origin.version, "fields": fields})
         return
     console = stdout()
-    console.print(f"{kind}: {origin.name} ({origin.package} {origin.version})\n", markup=False)
-    console.print(getdoc(plugin) or "", markup=False, highlight=False)
+    console.print(f"{kind}: {origin.name} ({origin.package} {origin.version})\n")
+    console.print(getdoc(plugin) or "", highlight=False)
     table = Table("setting", "type", "default", "bounds", "unit", "meaning", box=None, pad_edge=False)
     for row in fields:
-        table.add_row(*(_escape(str(row[key])) for key in ("name", "type", "default", "bounds", "unit", "description")))
+        table.add_row(*(cell(str(row[key])) for key in ("name", "type", "default", "bounds", "unit", "description")))
     if fields:
         console.print()
         console.print(table)
@@ -108,9 +108,3 @@ def _field(key: str, plugin: type[Plugin]) -> dict[str, Any]:
         "unit": field.get("unit", ""),
         "description": field.get("description", ""),
     }
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

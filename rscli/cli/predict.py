@@ -70,19 +70,18 @@ def _plain(prediction: Prediction) -> dict[str, Any]:
 
 
 def _show(predictions: list[Prediction], certify: bool) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
-    from rscli.cli.output import stderr, stdout
+    from rscli.cli.output import cell, stderr, stdout
     from rscli.stats.metrics import round_down
 
     table = Table("image", "class", "share", *(["radius"] if certify else []), box=None, pad_edge=False)
     for p in predictions:
         if p.error is None:
             radius = [] if p.radius is None else [f"{round_down(p.radius, 4):.4f}"]
-            table.add_row(escape(str(p.path)), escape(p.name), f"{100 * p.share:.1f}%", *radius)
+            table.add_row(cell(str(p.path)), cell(p.name), f"{100 * p.share:.1f}%", *radius)
     if table.row_count:
         stdout().print(table)
     for p in predictions:
         if p.error is not None:
-            stderr().print(f"not predicted: {p.error}", style="red", markup=False)
+            stderr().print(f"not predicted: {p.error}", style="red")

@@ -26,10 +26,9 @@ def listing(context: typer.Context, json: opt.Json = False) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from rich.markup import escape
     from rich.table import Table
 
-    from rscli.cli.output import emit_json, stdout
+    from rscli.cli.output import cell, emit_json, stdout
     from rscli.config.presets import list_presets
 
     found = list_presets()
@@ -38,8 +37,8 @@ def listing(context: typer.Context, json: opt.Json = False) -> None:
         return
     table = Table("preset", "package", "what it is", box=None, pad_edge=False)
     for preset in found:
-        text = escape(preset.title) if preset.problem is None else f"[red]broken:[/] {escape(preset.problem)}"
-        table.add_row(escape(preset.name), preset.package, text)
+        text = cell(preset.title) if preset.problem is None else cell("broken:", "red") + cell(f" {preset.problem}")
+        table.add_row(cell(preset.name), cell(preset.package), text)
     stdout().print(table)
 
 
@@ -63,7 +62,7 @@ def show(
         emit_json({"name": preset.name, **header, "settings": preset.settings, "published": published and asdict(published)})
         return
     console = stdout()
-    console.print(text(name).rstrip(), markup=False, highlight=False)
+    console.print(text(name).rstrip(), highlight=False)
     if published is None:
         console.print("\nno published figures to compare with", highlight=False)
     else:

@@ -121,10 +121,9 @@ def _check_unused(runs: list[Run]) -> None:
 
 def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     """The dry run: configuration with sources, size of the network, steps, files; several runs differ in seed and files."""
-    from rich.markup import escape
     from rich.table import Table
 
-    from rscli.cli.output import emit_json, stdout
+    from rscli.cli.output import cell, emit_json, stdout
     from rscli.training.train import outlook
 
     plans = [outlook(resolved, how) for resolved, how in runs]
@@ -140,7 +139,7 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     table = Table("setting", "value", "source", box=None, pad_edge=False)
     for key, value in leaves(resolved.as_dict()):
         shown = (key, seeds if key == "seed" else str(value), resolved.sources.get(key, "default"))
-        table.add_row(*map(escape, shown))
+        table.add_row(*map(cell, shown))
     console = stdout()
     console.print(table)
     images = "unknown until the data are there" if plan.images is None else f"{plan.images:,}"
@@ -150,7 +149,7 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     chunks = f" (each batch in {plan.chunks} chunks, a step each)" if plan.chunks > 1 else ""
     console.print(f"steps an epoch  {steps}{chunks}", highlight=False)
     files = [str(file) for plan in plans for file in plan.files]
-    console.print("would write     " + "\n                ".join(files), highlight=False, markup=False)
+    console.print("would write     " + "\n                ".join(files), highlight=False)
 
 
 def leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -169,7 +169,7 @@ class FileSplit(Split):
     def _file_fingerprint(self) -> str:
         paths = [self.path(i) for i in range(len(self))]
         common = os.path.commonpath({path.parent for path in paths})
-        lines = (f"{path.relative_to(common).as_posix()}\t{_size(path)}\n".encode() for path in paths)
+        lines = (f"{path.relative_to(common).as_posix()}\t{_size(path)}\n".encode("utf-8", "surrogateescape") for path in paths)
         return _digest(*lines, _label_bytes(self.labels))
 
     def image(self, index: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rscli.api import Augmentation, Transform
 from rscli.errors import InputError
+from rscli.runtime.files import check_regular
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # Exif 2.32, tag 274: what brings each stored orientation upright
@@ -40,6 +41,7 @@ def read_image(path: Path, channels: int) -> Image.Image:
     16-bit greys keep their upper range; what is transparent is put on white. Raises `InputError`, naming the file, if it cannot
     be read.
     """
+    check_regular(path, "image")
     try:
         with Image.open(path) as image:
             image.load()

@@ -24,7 +24,7 @@ from rscli.api import Architecture, Dataset, DataSpec, Noise, Plugin
 from rscli.errors import InputError, PluginError
 from rscli.models.network import Classifier, build_classifier
 from rscli.registry import Registry, installed
-from rscli.runtime.files import replacing
+from rscli.runtime.files import open_regular, replacing
 
 FORMAT: Literal[1] = 1
 
@@ -79,8 +79,7 @@ def load_model(path: Path) -> Model:
     Raises `InputError` if the file is missing, foreign, truncated, of a newer format, or its tensors are not those it was
     written with; `PluginError` if a plugin it needs is not installed.
     """
-    if not path.is_file():
-        raise InputError(f"there is no model file {path}", "A training run writes model.safetensors into its run folder.")
+    open_regular(path, "model file", "A training run writes model.safetensors into its run folder.").close()
     tensors, text = _read(path)
     card = _card(path, text)
     if content_digest(tensors, json.loads(text)) != card.sha256:

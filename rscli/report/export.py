@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import asdict
 from io import StringIO
 from typing import Any
 
+from rscli import text as texts
 from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
 from rscli.stats import paired
 
@@ -32,13 +32,14 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def to_json(comparison: Comparison) -> str:
     """`as_json` as text."""
-    return json.dumps(as_json(comparison), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return texts.to_json(as_json(comparison), indent=2, allow_nan=False) + "\n"
 
 
 def to_csv(comparison: Comparison) -> str:
     """One line for each run and radius, then for each group and radius, the run's own figures repeated.
 
-    Cells are empty where nothing is known or compared. `seeds` says how many runs a line averages.
+    Cells are empty where nothing is known or compared. `seeds` says how many runs a line averages. A text that a spreadsheet
+    would take for a formula has an apostrophe in front.
     """
     page = StringIO()
     differences: dict[str, Difference] = {difference.name: difference for difference in comparison.differences}
@@ -48,8 +49,20 @@ def to_csv(comparison: Comparison) -> str:
     lines = [{**line, **_published(published.get(line["name"]), line["radius"])} for line in lines]
     writer = csv.DictWriter(page, list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({key: _cell(value) for key, value in line.items()} for line in lines)
     return page.getvalue()
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""How a text begins that spreadsheets compute: https://owasp.org/www-community/attacks/CSV_Injection"""
+
+
+def _cell(value: Any) -> Any:
+    """A text as a spreadsheet may see it; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    shown = texts.one_line(value)
+    return f"'{shown}" if value.startswith(FORMULA) else shown
 
 
 def _lines(summary: Summary, difference: Difference | None) -> list[dict[str, Any]]:

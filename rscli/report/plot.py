@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +19,7 @@ from rscli.report.tables import acr_text
 from rscli.results.reader import Results
 from rscli.runtime.files import replacing
 from rscli.stats import bounds
+from rscli.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,13 +65,35 @@ def check_plot_path(path: Path) -> None:
 def save_plot(comparison: Comparison, path: Path) -> None:
     """Draws the comparison and writes it to `path`, atomically, as its suffix says (.png, .svg, .pdf). Needs no display."""
     check_plot_path(path)
-    from matplotlib import rc_context
-
     suffix, page = path.suffix.lower(), BytesIO()
-    with rc_context(STYLE):
+    with own_settings():
         draw(comparison).savefig(page, format=suffix[1:], dpi=200, metadata=METADATA[suffix])
     with replacing(path) as beside:
         beside.write_bytes(page.getbuffer())
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """While the body draws, matplotlib's defaults and our style hold, whatever MPLBACKEND or a matplotlibrc say; no warnings.
+
+    What it would warn of: settings that we do not use, folders that cannot be written, letters that its font lacks.
+    """
+    log = logging.getLogger("matplotlib")
+    level, backend = log.level, os.environ.pop("MPLBACKEND", None)  # one that it does not know would end its import
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import matplotlib as mpl
+
+            with mpl.rc_context():
+                mpl.rcdefaults()
+                mpl.rcParams.update(STYLE)
+                yield
+    finally:
+        log.setLevel(level)
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
 def curve(run: Results) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -80,14 +108,17 @@ def curve(run: Results) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 def draw(comparison: Comparison) -> Figure:
     """The figure: a curve for each run, its pointwise interval as a band, and a legend above them in their order."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4, 3.2 + 0.18 * len(comparison.runs)), layout="constrained")
-    axes = figure.add_subplot()
+    FigureCanvasAgg(figure)
+    axes, labels = figure.add_subplot(), []
     for position, (run, summary) in enumerate(zip(comparison.runs, comparison.summaries, strict=True)):
         colour = COLOURS[position % len(COLOURS)]
         dash = DASHES[position // len(COLOURS) % len(DASHES)]
-        _draw_run(axes, run, f"{run.name}  (ACR {acr_text(summary)})", colour, dash)
+        labels.append(one_line(f"{run.name}  (ACR {acr_text(summary)})"))
+        _draw_run(axes, run, f"run {position}", colour, dash)
     right = max(summary.largest for summary in comparison.summaries) or 1.0
     axes.set_xlim(0, 1.03 * right)
     axes.set_ylim(0, 100)
@@ -100,7 +131,9 @@ def draw(comparison: Comparison) -> Figure:
     if any(summary.lower_bound for summary in comparison.summaries):
         remark += "\nACR ≥: only given radii were decided;\nelsewhere, the curve is a lower bound"
     axes.text(0.99, 0.98, remark, transform=axes.transAxes, ha="right", va="top", **SMALL)
-    figure.legend(loc="outside upper left", frameon=False, handlelength=1.8, labelspacing=0.3)
+    legend = figure.legend(loc="outside upper left", frameon=False, handlelength=1.8, labelspacing=0.3)
+    for text, label in zip(legend.get_texts(), labels, strict=True):  # only now: a legend leaves out a label such as `_name`
+        text.set_text(label)
     return figure
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING
 
 from rscli.report.comparison import Comparison
 from rscli.report.export import to_csv, to_json
 from rscli.report.tables import Cell, Table, tables, widths
+from rscli.text import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,10 +31,16 @@ def render(comparison: Comparison, form: str) -> str:
 def print_tables(comparison: Comparison, console: Console) -> None:
     """Shows the tables on a `console`, split between columns where it is too narrow; no figure is ever cut off."""
     for table in tables(comparison):
-        console.print(f"\n{table.title}", style="bold", markup=False, highlight=False)
-        for part in _parts(table, console.width):
+        console.print(f"\n{table.title}", style="bold", highlight=False)
+        for part in _parts(_plain_table(table, console.encoding), console.width):
             _print(part, console)
-        console.print(table.caption, style="dim", markup=False, highlight=False)
+        console.print(table.caption, style="dim", highlight=False)
+
+
+def _plain_table(table: Table, encoding: str) -> Table:
+    """The table as a console of this `encoding` shows it, so that its columns are as wide as what they hold."""
+    rows = tuple(tuple(Cell(plain(cell.text, encoding), plain(cell.detail, encoding)) for cell in row) for row in table.rows)
+    return replace(table, header=tuple(plain(name, encoding) for name in table.header), rows=rows)
 
 
 def _parts(table: Table, width: int) -> Iterator[Table]:
@@ -52,10 +60,11 @@ def _parts(table: Table, width: int) -> Iterator[Table]:
 
 def _print(table: Table, console: Console) -> None:
     from rich.table import Table as Grid
+    from rich.text import Text
 
     grid = Grid(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     for position, name in enumerate(table.header):
-        grid.add_column(name, justify="right" if position else "left", no_wrap=position > 0, overflow="fold")
+        grid.add_column(Text(name), justify="right" if position else "left", no_wrap=position > 0, overflow="fold")
     for row in table.rows:
         grid.add_row(*map(_two_lines, row))
     console.print(grid)
@@ -71,7 +80,7 @@ def _plain(comparison: Comparison) -> str:
     from rich.console import Console
 
     page = StringIO()
-    print_tables(comparison, Console(file=page, width=FILE_WIDTH, color_system=None))
+    print_tables(comparison, Console(file=page, width=FILE_WIDTH, color_system=None, markup=False, emoji=False))
     lines = [line.rstrip() for line in page.getvalue().splitlines()]
     return "\n".join(lines).lstrip("\n") + "\n"
 
@@ -90,7 +99,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _markdown_text(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", text)
 
 
 def _latex(comparison: Comparison) -> str:
@@ -110,7 +119,8 @@ def _latex_table(table: Table) -> str:
             "    \\toprule",
             line([latex_text(name) for name in table.header]),
             "    \\midrule",
-            *(line([_latex_cell(cell) for cell in row]) for row in table.rows),
+            # after \\, an asterisk or a bracket would be an option of the line break
+            *(line(["{}" + text if text[:1] in ("[", "*") else text for text in map(_latex_cell, row)]) for row in table.rows),
             "    \\bottomrule",
             "  \\end{tabular}",
             "\\end{table}",

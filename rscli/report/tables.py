@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
 from rscli.smoothing.summary import Tally
 from rscli.stats import metrics, paired
+from rscli.text import one_line
 
 UNKNOWN = "–"
 _PERCENT = f"{100 * LEVEL:g} %"
@@ -26,6 +27,11 @@ class Cell:
     text: str
     detail: str = ""
 
+    def __post_init__(self) -> None:
+        """Names come from outside: they are to stay on their line, and to be seen."""
+        object.__setattr__(self, "text", one_line(self.text))
+        object.__setattr__(self, "detail", one_line(self.detail))
+
 
 @dataclass(frozen=True)
 class Table:
@@ -36,6 +42,10 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     caption: str
     fixed: int = 1
+
+    def __post_init__(self) -> None:
+        """As for a cell."""
+        object.__setattr__(self, "title", one_line(self.title))
 
 
 def tables(comparison: Comparison) -> list[Table]:

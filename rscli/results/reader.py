@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from rscli.errors import InputError
 from rscli.results.protocol import read_protocol
 from rscli.results.rows import FIELD_COLUMNS, Row, broken, cells_of, parse_row
 from rscli.results.shards import missing_shards, parts_of, result_of, union, whole_rows
+from rscli.runtime.files import open_regular
+from rscli.system import system_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,13 +86,12 @@ def read_results(path: Path) -> Results:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as cause:
-        raise InputError(f"there is no result file {path}", "`rscli certify` writes one.") from cause
+        with open_regular(path, "result file", "`rscli certify` writes one.") as file:
+            return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         raise InputError(f"{path} is not a result file: it is not text", _EXPECTED) from cause
     except OSError as cause:
-        raise InputError(f"the result file {path} cannot be read: {cause}") from cause
+        raise system_error(cause, path, "read the result file") from cause
 
 
 _EXPECTED = f"A result file has columns separated by tabs, and a header with at least {' '.join(FIELD_COLUMNS)}."
@@ -116,7 +118,7 @@ def _results(path: Path, rows: list[Row], protocol: dict[str, Any] | None, notes
     reasons = tuple(row.reason for row in rows if row.reason is not None)
     return Results(
         path=path,
-        name=path.resolve().parent.name if path.name == "results.tsv" else path.stem,
+        name=Path(os.path.realpath(path)).parent.name if path.name == "results.tsv" else path.stem,
         idx=np.array([row.idx for row in rows], np.int64),
         label=np.array([row.label for row in rows], np.int64),
         predict=np.array([row.predict for row in rows], np.int64),

@@ -16,7 +16,7 @@ from rscli.errors import InputError, RscliError
 from rscli.results.protocol import agree, protocol_path, read_protocol
 from rscli.results.rows import HEADER, Row, format_row, parse_row
 from rscli.results.shards import missing_shards, part_path, parts_of, torn_of, union, whole_rows
-from rscli.runtime.files import opening, write_json, write_text, writing
+from rscli.runtime.files import behind_links, opening, write_json, write_text, writing
 
 SYNC_SECONDS = 1.0
 """Rows reach the operating system at once; the disk is waited for this often at most."""
@@ -46,10 +46,14 @@ class ResultWriter:
             raise _exists(path)
         with opening(path):
             try:
-                path.open("xb").close()  # claims the name, so that of two processes only one writes a protocol
+                behind_links(path).open("xb").close()  # claims the name, so that of two processes only one writes a protocol
             except FileExistsError as cause:
                 raise _exists(path) from cause
-        write_json(protocol_path(path), protocol)
+        try:
+            write_json(protocol_path(path), protocol)
+        except RscliError:
+            behind_links(path).unlink(missing_ok=True)  # an empty result would stand in the way of the next try
+            raise
         return cls._begun(path)
 
     @classmethod

@@ -33,6 +33,7 @@ from rscli.smoothing.images import Images
 from rscli.smoothing.radii import decided_radii
 from rscli.smoothing.summary import Score, Tally
 from rscli.smoothing.work_queue import Ranks, join
+from rscli.text import same
 
 LONG_RUN = 1_000_000
 """From so many samples on, a trial at the start looks for the fastest batch size and layout."""
@@ -259,7 +260,7 @@ def _open(model: Model, options: CertifyOptions) -> Split:
     problems.check()
     dataset = cast(Dataset, plugin)
     names = dataset.spec(options.data_dir).class_names
-    if names != card.spec.class_names:
+    if [*map(same, names)] != [*map(same, card.spec.class_names)]:
         raise InputError(
             f"the data has the classes {_some(names)}, but the model was trained on {_some(card.spec.class_names)}",
             "Labels could not be compared. Give the data set that the model was trained on (--data-dir, --set data.KEY=VALUE).",

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from rscli.errors import InputError
-from rscli.runtime.files import read_json, replacing, write_json, write_text, writing
+from rscli.runtime.files import read_json, replacing, sweep, write_json, write_text, writing
+from rscli.system import system_error
 from rscli.training.checkpoint import check_position, remedy
 
 CHECKPOINT_FORMAT = 1
@@ -73,8 +74,8 @@ class RunFolder:
             hint = "Add --resume to go on with it, choose another folder with --out, or remove this one."
             raise InputError(f"{self.path} holds a training run already", hint)
         self._same(config["config"])
-        for torn in self.path.glob(".*.part"):  # what a kill in the middle of a write left behind
-            torn.unlink(missing_ok=True)
+        for file in self.files():
+            sweep(file)
         if not self.checkpoint.exists():
             self._start(config, environment)
             return None
@@ -94,6 +95,8 @@ class RunFolder:
         hint = remedy(self.checkpoint)
         try:
             state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except OSError as cause:  # it may be whole: nothing to remove
+            raise system_error(cause, self.checkpoint, "read the checkpoint") from cause
         except Exception as cause:  # torch raises many kinds for a broken file
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             if isinstance(cause, UnpicklingError):  # torch would advise to load it all the same

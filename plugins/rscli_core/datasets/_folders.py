@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -44,6 +45,16 @@ def list_images(folder: Path, classes: Sequence[str]) -> FileImages:
         paths += files
         labels += [label] * len(files)
     return FileImages(paths, np.array(labels, np.int64))
+
+
+def same_name(name: str) -> str:
+    """What two names have in common that look the same (Unicode's form NFC): macOS writes an accent as a sign of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
+def legible(name: str) -> str:
+    """The name of a class: that of its folder, with bytes that are not UTF-8 escaped, since a model file holds text."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

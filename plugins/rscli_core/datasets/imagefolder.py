@@ -10,7 +10,16 @@ from pydantic import Field, model_validator
 
 from rscli.api import Augmentation, Dataset, DataSpec, FileImages, Finding, Transform, unit
 from rscli.errors import InputError
-from rscli_core.datasets._folders import class_folders, count, has_images, image_names, list_images, name_some
+from rscli_core.datasets._folders import (
+    class_folders,
+    count,
+    has_images,
+    image_names,
+    legible,
+    list_images,
+    name_some,
+    same_name,
+)
 
 MEMORY_LIMIT = 2**30
 """With `cache = "auto"`, the decoded images of a split are held in memory up to this many bytes."""
@@ -64,13 +73,13 @@ class ImageFolder(Dataset):
             raise InputError(f"neither train/, test/ nor val/ is in the folder {home}", _expected(home))
         classes = self._classes(self._find(splits[0], home))
         return DataSpec(
-            class_names=tuple(classes),
+            class_names=tuple(map(legible, classes)),
             shape=(self.channels, self.size, self.size),
             mean=self.mean,
             std=self.std,
             test_transform=Transform(channels=self.channels, resize=self.size, crop=(self.size, self.size)),
             augmentation=AUGMENTATIONS[self.augment],
-            sizes={name: sum(len(image_names(self._find(name, home) / each)) for each in classes) for name in splits},
+            sizes={name: self._size(self._find(name, home), classes) for name in splits},
         )
 
     def load(self, split: str, root: Path, *, download: bool = False) -> FileImages:
@@ -86,10 +95,11 @@ class ImageFolder(Dataset):
         _refuse_loose(folder)
         train = self._find("train", home)
         classes = self._classes(train if train.is_dir() else folder)
-        if unknown := sorted(set(class_folders(folder)) - set(classes)):
+        own = _by_name(folder)
+        if unknown := sorted(name for key, name in own.items() if key not in {same_name(each) for each in classes}):
             hint = f"Remove them from {folder}, or add them to {train}."
             raise InputError(f"{folder} has classes that train/ does not have: {name_some(unknown)}", hint)
-        files = list_images(folder, classes)
+        files = list_images(folder, [own.get(same_name(name), name) for name in classes])
         if not files.paths:
             raise InputError(f"no class folder of {folder} holds an image", _expected(home))
         return replace(files, cache=self._in_memory(len(files.paths)))
@@ -118,7 +128,7 @@ class ImageFolder(Dataset):
     def _classes(self, folder: Path) -> list[str]:
         """The class folders, two at least, each with images and no image beside them, or an `InputError`."""
         _refuse_loose(folder)
-        classes = class_folders(folder)
+        classes = [*_by_name(folder).values()]
         if len(classes) < 2:
             raise InputError(
                 f"{folder} has {count(len(classes), 'class folder')}; a classifier needs two", _expected(folder.parent)
@@ -128,9 +138,23 @@ class ImageFolder(Dataset):
             raise InputError(f"class folders of {folder} without images: {name_some(empty)}", f"Put {formats} files there.")
         return classes
 
+    def _size(self, folder: Path, classes: list[str]) -> int:
+        there = _by_name(folder)
+        return sum(len(image_names(folder / there.get(same_name(name), name))) for name in classes)
+
     def _in_memory(self, images: int) -> bool:
         fits = images * self.channels * self.size**2 <= MEMORY_LIMIT
         return self.cache == "memory" or (self.cache == "auto" and fits and self.augment != "resized-crop")
+
+
+def _by_name(folder: Path) -> dict[str, str]:
+    """The class folders by what they are compared by. Raises `InputError` for two whose names look the same."""
+    found: dict[str, str] = {}
+    for name in class_folders(folder):
+        if (other := found.setdefault(same_name(name), name)) != name:
+            text = f"{folder} has two folders whose names look the same: {other!a} and {name!a}"
+            raise InputError(text, "They are written in two forms of Unicode. Put their images into one of them.")
+    return found
 
 
 def _refuse_loose(folder: Path) -> None:

@@ -26,6 +26,7 @@ from rscli.models.modelfile import ModelCard, file_digest, save_model
 from rscli.models.network import Classifier, build_classifier, parameter_count
 from rscli.registry import installed
 from rscli.runtime.progress import Progress
+from rscli.text import visible
 
 FIELD_ARCHS: dict[str, dict[str, Any]] = {
     "lenet": {"name": "lenet"},
@@ -93,7 +94,7 @@ def import_checkpoint(options: ImportOptions, progress: Progress) -> Imported:
         spec=spec.model_copy(update={"mean": normalization.mean, "std": normalization.std}),
         plugins=[asdict(installed().provenance(SECTIONS[name], sections[name]["name"])) for name in IMPORTED],
         epochs=checkpoint.epochs,
-        origin=f"imported from {options.checkpoint.name} (sha256 {file_digest(options.checkpoint)})",
+        origin=f"imported from {visible(options.checkpoint.name)} (sha256 {file_digest(options.checkpoint)})",
     )
     save_model(options.out, Classifier(network, card.spec), card)
     (progress.note if normalization.sure else progress.warn)(str(normalization))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rscli.errors import InputError
+from rscli.runtime.files import open_regular
 
 STATE_KEYS = ("state_dict", "net", "model", "model_state_dict")
 """Where a checkpoint keeps its tensors; MACER's is `net`."""
@@ -44,8 +45,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises `InputError` if the file is missing or broken, if its pickle wants more than tensors and plain values (nothing of
     it is then executed), or if it holds no state dict.
     """
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}")
+    open_regular(path, "checkpoint").close()
     if path.suffix == ".safetensors":
         return Checkpoint(path, _read_safetensors(path))
     content = _read_torch(path)
