@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,6 +74,18 @@ def check_regular(path: Path, what: str, missing: str | None = None) -> None:
         raise InputError(f"the {what} {path} is a folder, not a file", "Name the file.")
     if not stat.S_ISREG(mode) and not os.path.abspath(path).startswith(_PIPES):  # noqa: PTH100 - links are left as they are
         raise InputError(f"the {what} {path} is not a file, but a pipe or a device", "Name a regular file.")
+
+
+@contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """A name of the file `path` for a library that takes UTF-8 alone: its own, or that of a descriptor on which it is open."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield os.fspath(path)
 
 
 def open_regular(path: Path, what: str, missing: str | None = None) -> BinaryIO:

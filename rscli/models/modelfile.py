@@ -25,6 +25,7 @@ from rscli.errors import InputError, PluginError
 from rscli.models.network import Classifier, build_classifier
 from rscli.registry import Registry, installed
 from rscli.runtime.files import open_regular, replacing
+from rscli.system import utf8_name
 
 FORMAT: Literal[1] = 1
 
@@ -124,14 +125,14 @@ def _canonical(card: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             if "rscli" not in metadata:
                 raise InputError(
                     f"{path} is a safetensors file, but not one of rscli's: it does not say what it holds",
                     "`rscli train` writes model files that certify and predict can read.",
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata["rscli"]  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata["rscli"]  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as cause:
         raise InputError(
             f"{path} is not a whole safetensors file: {cause}",

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rscli.errors import InputError
-from rscli.runtime.files import open_regular
+from rscli.system import open_regular, utf8_name
 
 STATE_KEYS = ("state_dict", "net", "model", "model_state_dict")
 """Where a checkpoint keeps its tensors; MACER's is `net`."""
@@ -96,9 +96,9 @@ def _refused(path: Path, reason: str) -> InputError:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
             if "rscli" in (file.metadata() or {}):
                 raise InputError(f"{path} is one of rscli's model files already", "certify and predict read it as it is.")
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as cause:
         raise InputError(f"{path} is not a whole safetensors file: {cause}", COPY) from cause
