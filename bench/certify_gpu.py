@@ -25,7 +25,7 @@ from rscli.sampling.sampler import Sampler
 
 
 def compare(case: Case, *, target: float, rounds: int, compiled: bool) -> dict[str, Any]:
-    """All figures of one network: samples a second, ratios to the reference and to the bare network, and a profile."""
+    """All figures of one network: samples per second, ratios to the reference and to the bare network, and a profile."""
     precisions = ("fp32", "tf32", "bf16") if case.device.type == "cuda" else ("fp32", "bf16")
     choices: dict[str, Choice] = {p: chosen(case, p) for p in precisions}
     engines: dict[str, Sampler] = {f"ours {p}": maker(case, p)(choices[p]) for p in precisions}

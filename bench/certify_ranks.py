@@ -1,4 +1,4 @@
-"""Several ranks against one process on the same processors: the same result file? And how many samples a second?
+"""Several ranks against one process on the same processors: the same result file? And how many samples per second?
 
     python bench/certify_ranks.py                                     # LeNet with random weights, on scikit-learn's digits
     python bench/certify_ranks.py MODEL --data-dir data --images 20 --n 100000
@@ -59,7 +59,7 @@ def untrained(folder: Path) -> Path:
     spec = cast(Dataset, installed().build("datasets", sections["data"])).spec(Path())
     torch.manual_seed(0)
     classifier = build_classifier(cast(Architecture, installed().build("architectures", sections["arch"])), spec)
-    save_model(folder / "model.safetensors", classifier, model_card(resolved, spec))
+    save_model(folder / "model.safetensors", classifier, model_card(resolved, spec, {}))
     return folder / "model.safetensors"
 
 

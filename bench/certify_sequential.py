@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from reference import sample_counts, seconds
 
+from rscli.api import Dataset
 from rscli.data.splits import open_split
-from rscli.models.modelfile import load_model
+from rscli.models.modelfile import card_of, load_model
+from rscli.registry import installed
 from rscli.results.reader import Results, read_results
 from rscli.runtime.devices import device_name, pick_device, precision_scope
 from rscli.runtime.progress import Silent
@@ -45,9 +46,11 @@ TABLES: dict[str, tuple[float, ...]] = {
 def reference_seconds(options: CertifyOptions, images: int) -> float:
     """Seconds an image of the usual way, the mean of the first `images` of the run."""
     device, model = pick_device(options.sampling.device), load_model(options.model)
-    split = open_split(model.dataset(), model.card.spec, options.split, options.data_dir)
-    classifier = model.classifier.to(device).eval()
-    samples, classes = options.certifier["n0"] + options.certifier["n"], len(model.card.spec.class_names)
+    card = card_of(model)
+    dataset = cast(Dataset, installed().build("datasets", card.data))
+    split = open_split(dataset, card.spec, options.split, options.data_dir)
+    classifier = model.network.to(device).eval()
+    samples, classes = options.certifier["n0"] + options.certifier["n"], model.classes
 
     def work() -> None:
         for place in range(images):
@@ -143,7 +146,6 @@ def main() -> None:
     if not arguments.json:
         print(f"reference: {each:.2f} s an image (of {arguments.reference_images}, n = {arguments.n:,}; the rest is scaled)")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["RSCLI_CACHE_DIR"] = folder
         for name in arguments.tables:
             spent, samples, results = run(options, TABLES[name], Path(folder))
             images = len(results.idx)

@@ -32,7 +32,7 @@ from rscli.models.network import build_classifier
 from rscli.registry import installed
 from rscli.runtime.devices import device_name, memory_layout, pick_device, precision_scope
 from rscli.sampling.autotune import BATCHES, Choice, Make, tune
-from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.requests import CertifierRequest
 from rscli.sampling.sampler import Sampler
 from rscli.sampling.threads import lanes, lanes_of
 
@@ -123,11 +123,11 @@ def ours(case: Case, sampling: Sampler) -> Way:
 
     def run(samples: int) -> None:
         certifier = installed().build("certifiers", {"name": "cohen", "n": max(1, samples // IMAGES - 100), "n0": 100})
-        inquiries = (
-            CertifierInquiry(cast(Any, certifier), Question(case.classes), key, lambda key=key: case.image(key))  # type: ignore[misc]
+        requests = (
+            CertifierRequest(cast(Any, certifier), Question(case.classes), key, lambda key=key: case.image(key))  # type: ignore[misc]
             for key in range(IMAGES)
         )
-        for _ in sampling.run(inquiries):
+        for _ in sampling.run(requests):
             pass
 
     return run

@@ -17,13 +17,16 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from rscli.api import Dataset
 from rscli.data.splits import open_split
-from rscli.models.modelfile import Model, load_model
+from rscli.models.modelfile import card_of, load_model
+from rscli.models.smoothed import Smoothed
+from rscli.registry import installed
 from rscli.runtime.devices import device_name, memory_layout, pick_device
 from rscli.sampling.blocks import NoiseBlocks, Piece, cut
 from rscli.sampling.sampler import Sampler
@@ -42,15 +45,15 @@ class Manner:
     compiled: bool = False
     precision: str = "fp32"
 
-    def sampler(self, model: Model, device: torch.device) -> Sampler:
+    def sampler(self, model: Smoothed, device: torch.device) -> Sampler:
         """Our engine, with a network of its own."""
-        network: Any = deepcopy(model.classifier).to(device).to(memory_format=memory_layout(self.channels_last)).eval()
+        network: Any = deepcopy(model.network).to(device).to(memory_format=memory_layout(self.channels_last)).eval()
         if self.compiled:
             network = torch.compile(network, dynamic=False)
         return Sampler(
             network,
             model.noise,
-            len(model.card.spec.class_names),
+            model.classes,
             seed=0,
             batch=self.batch,
             device=device,
@@ -79,9 +82,11 @@ def threads(count: int | None) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def chunks(model: Model, data_dir: Path, images: int, samples: int, device: torch.device) -> Iterator[list[Piece]]:
+def chunks(model: Smoothed, data_dir: Path, images: int, samples: int, device: torch.device) -> Iterator[list[Piece]]:
     """The noisy images, some thousands at a time; each block of noise is drawn once, whoever classifies it."""
-    split = open_split(model.dataset(), model.card.spec, "test", data_dir)
+    card = card_of(model)
+    dataset = cast(Dataset, installed().build("datasets", card.data))
+    split = open_split(dataset, card.spec, "test", data_dir)
     blocks = NoiseBlocks(model.noise, 0, device, most=2)
     for index in range(images):
         image = split.image(index).to(device)
@@ -94,7 +99,7 @@ def classified(sampler: Sampler, pieces: list[Piece]) -> Tensor:
     return torch.cat([sampler._classify(part)[0] for part in cut(pieces, sampler.batch)])
 
 
-def compare(model: Model, device: torch.device, manners: dict[str, Manner], found: Iterator[list[Piece]]) -> dict[str, Any]:
+def compare(model: Smoothed, device: torch.device, manners: dict[str, Manner], found: Iterator[list[Piece]]) -> dict[str, Any]:
     """For each manner, how many votes of all differ from the usual ones."""
     usual = USUAL.sampler(model, device)
     samplers = {name: manner.sampler(model, device) for name, manner in manners.items()}

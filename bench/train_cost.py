@@ -24,7 +24,7 @@ import typer
 from rscli.api import DataSpec
 from rscli.config.layers import resolve
 from rscli.data.splits import MemorySplit
-from rscli.training.train import Trainer
+from rscli.training.trainer import Trainer
 
 METHODS = ("gaussian", "stability", "macer", "cons", "smoothadv", "smoothadv-cons")
 SETUPS: dict[str, dict[str, tuple[str, list[str]]]] = {
@@ -58,14 +58,14 @@ def last_epoch_trainer(preset: str, sets: list[str], images: int, device: torch.
     resolved = resolve(preset=preset, sets=sets)
     spec = resolved.dataset.spec(Path())
     trainer = Trainer(resolved, spec, random_split(spec, images), device, channels_last=True)
-    trainer.epoch = resolved.config.epochs - 1  # after the warm-up of attacks, and the first drop that MACER waits for
+    trainer.epoch = resolved.config.epochs - 1  # after the warm-up of attacks, and the first milestone that MACER waits for
     return trainer
 
 
 def measure(
     setup: dict[str, tuple[str, list[str]]], images: int, rounds: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """For each method: its noisy copies m, the median ratio to Gaussian, its range, and the median images a second."""
+    """For each method: its noisy copies m, the median ratio to Gaussian, its range, and the median images per second."""
     trainers = {method: last_epoch_trainer(*preset, images, device) for method, preset in setup.items()}
     for trainer in trainers.values():
         next(trainer.epoch_batches())  # the first step is slower

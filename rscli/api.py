@@ -4,6 +4,8 @@ A plugin is a pydantic model: its fields are its hyper-parameters (type, bounds,
 does the work. Presets validate against the fields, `rscli plugins info KIND NAME` prints them, and the model file records them.
 A plugin is found through an entry point in the group `rscli.<kind>`; the first line of its docstring is its description.
 
+A data set that reads folders takes `class_folders` and `list_images` from here, so that an image is the same thing everywhere.
+
 This module imports no torch, so that listings stay fast; plugins that keep torch out of their module level do the same
 favour to their users.
 
@@ -13,13 +15,26 @@ sigma, epsilon and radii are L2 lengths in the same units; `m` counts the noisy 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from rscli.image_files import (
+    COMMON_SUFFIXES,
+    ImageListing,
+    class_folder,
+    class_folders,
+    has_images,
+    list_images,
+    loose_images,
+    skipped_text,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,13 +42,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-API_VERSION = 1
-"""The version of this contract; it changes only when a plugin written for the older one would break."""
+API_VERSION = 2
+"""The version of this contract; it changes only when a plugin written for the older one would break.
+
+A plugin may state the version it was written for (`Plugin.api_version`); the host checks it when it loads the plugin.
+"""
 
 ABSTAIN = -1
 """The class that a certificate names when it abstains."""
 
-KINDS = ("noises", "losses", "attacks", "architectures", "datasets", "certifiers", "presets")
+MOST_CLASSES = 1_000_000
+LARGEST_SIDE = 65_536
+LARGEST_IMAGE = 2**28
+"""What a description of data may ask for, at most: classes, pixels of a side, and values of an image over all channels."""
+
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+Channels = Annotated[int, Field(ge=1, le=1024)]
+
+KINDS = (
+    "noises", "losses", "attacks", "architectures", "datasets", "certifiers", "optimizers", "schedules", "loggers", "callbacks",
+    "presets",
+)  # fmt: skip
 """Every kind of plugin; the entry-point group of a kind is `rscli.<kind>`."""
 
 
@@ -48,21 +77,38 @@ class Plugin(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     kind: ClassVar[str]
+    api_version: ClassVar[int] = 2
+    """The contract that the plugin was written for. One that says nothing is taken for one of version 2, the first that was
+    published; a plugin for a later one says so."""
     variant: ClassVar[str | None] = None
     """The field that takes the part behind a slash in a name: `timm/resnet18` sets the field `model` of the plugin `timm`."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Fields that had other names once, as {old: new}: configurations with the old ones are still read, with a note."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation in (int, float):
+            raise ValueError("must be a number")
+        return value
+
+    @classmethod
+    def offers(cls, name: str) -> bool:  # noqa: ARG003
+        """Whether the field `variant` takes `name`; asked when no plugin has that name, to suggest this one. May be slow."""
+        return False
 
 
 # --- noises ------------------------------------------------------------------------------------------------------------------
 
 
 class Noise(Plugin):
-    """A smoothing distribution and its geometry."""
+    """A smoothing distribution and its geometry: how noise is drawn and put on images, and what radius follows from votes."""
 
     kind: ClassVar[str] = "noises"
     norm: ClassVar[str]
-    """The norm of the certified radius, e.g. `L2`."""
+    """The norm of the certified radius, e.g. `L2`: shown wherever a radius is."""
 
-    sigma: float = Field(gt=0, description="standard deviation of the noise", json_schema_extra=unit("[0, 1] pixels"))
+    sigma: float = Field(gt=0, le=1000, description="standard deviation of the noise", json_schema_extra=unit("[0, 1] pixels"))
 
     def sample(self, shape: Sequence[int], *, generator: torch.Generator, device: torch.device) -> Tensor:
         """Draws float32 noise of `shape` (any shape, the pixel dimensions last) on `device` with `generator`.
@@ -70,6 +116,16 @@ class Noise(Plugin):
         Certification calls this from several threads at once, each with a generator of its own.
         """
         raise NotImplementedError
+
+    def apply(self, images: Tensor, noise: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The noisy images: `images` (..., channel, height, width) under `noise`, which broadcast; written to `out` if given.
+
+        Everybody who makes noisy images, the host, losses and attacks, calls this: a distribution that is not additive
+        overrides it, and what `sample` returns is then whatever `apply` understands, of the same shape.
+        """
+        import torch
+
+        return torch.add(images, noise, out=out)
 
     def radius(self, p_a: float, p_b: float) -> float:
         """The certified radius for a lower bound `p_a` on the top class and an upper bound `p_b` on every other class.
@@ -91,24 +147,48 @@ class Noise(Plugin):
 # --- training: losses and attacks --------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
+class Position:
+    """How far training is. `epoch` counts from 0; `share` is the part of all optimiser steps that is done, in [0, 1).
+
+    `lr_factor` is what the schedule multiplies the learning rate by now: 1 before its first milestone.
+    """
+
+    epoch: int = 0
+    share: float = 0.0
+    lr_factor: float = 1.0
+
+
+@dataclass(eq=False)
 class TrainStep:
     """What a loss or an attack may look at in one optimiser step.
 
-    `images` (batch, channel, height, width) in [0, 1], as the attack left them; `labels` (batch,) int64;
-    `noise` (m, batch, channel, height, width), already scaled by sigma. `drops` counts how often the learning rate
-    has dropped so far. Everything random must come from `generator` (on the device of the images), so that a resumed run
-    repeats it.
+    `images` (batch, channel, height, width) in [0, 1], as the attack left them, and `clean`, as the data set gave them;
+    `labels` (batch,) int64, and `indices` (batch,) int64: each image's place in the training split (on the CPU).
+    `noise` (m, batch, channel, height, width): drawn by `smoothing`, whose `apply` puts it on images.
+    `extra` holds tensors by name that an attack adds for the loss. `state` holds what `Loss.setup` prepared; the loss may
+    change its tensors in place. `networks` holds those of `Loss.networks`.
+
+    Everything random must come from `generator` (on the device of the images), so that a resumed run repeats it.
     """
 
     model: nn.Module
     images: Tensor
+    clean: Tensor
     labels: Tensor
+    indices: Tensor
     noise: Tensor
-    sigma: float
-    epoch: int
-    drops: int
+    smoothing: Noise
     generator: torch.Generator
+    position: Position = Position()
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    networks: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def sigma(self) -> float:
+        """The standard deviation of the noise, in [0, 1] pixels."""
+        return self.smoothing.sigma
 
     def logits(self, images: Tensor) -> Tensor:
         """The logits (..., classes) of `images` (..., channel, height, width); any number of leading dimensions."""
@@ -116,15 +196,86 @@ class TrainStep:
         out: Tensor = self.model(images.reshape(-1, *images.shape[-3:]))
         return out.reshape(*leading, out.shape[-1])
 
+    def noisy(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`images` (batch, channel, height, width) under each copy of `noise` (None: the step's): (m, batch, channel, ...)."""
+        return self.smoothing.apply(images, self.noise if noise is None else noise)
+
+    def draw(self, m: int) -> Tensor:
+        """Fresh noise (m, batch, channel, height, width) from the step's generator."""
+        return self.smoothing.sample((m, *self.images.shape), generator=self.generator, device=self.images.device)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """While the body runs, the model is in eval mode and its parameters need no gradient; both are restored exactly."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        needs = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        self._forget()
+        self.model.eval()
+        self.model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self._forget()
+            for module, training in modes:
+                module.training = training
+            for parameter, need in needs:
+                parameter.requires_grad_(need)
+
+    def _forget(self) -> None:
+        """Logits of the frozen model are not those of the model in training."""
+        for name in ("noisy_logits", "clean_logits"):
+            self.__dict__.pop(name, None)
+
+    def moved(self, *, images: Tensor | None = None, noise: Tensor | None = None, **extra: Tensor) -> TrainStep:
+        """A step like this one with other `images` or `noise`, and `extra` tensors for the loss: what an attack returns."""
+        return replace(
+            self,
+            images=self.images if images is None else images,
+            noise=self.noise if noise is None else noise,
+            extra={**self.extra, **extra},
+        )
+
     @cached_property
     def noisy_logits(self) -> Tensor:
-        """The logits (m, batch, classes) of the images plus each copy of the noise; one forward, computed once."""
-        return self.logits(self.images + self.noise)
+        """The logits (m, batch, classes) of the images under each copy of the noise; one forward, computed once."""
+        return self.logits(self.noisy(self.images))
 
     @cached_property
     def clean_logits(self) -> Tensor:
         """The logits (batch, classes) of the images without noise; one forward of its own, computed once."""
         return self.logits(self.images)
+
+
+class TrainContext(ABC):
+    """What `Loss.setup` may look at, once, before the first step of a run.
+
+    `images` training images of `classes` classes, whose fingerprint is `data_sha256`; random numbers come from `generator`, on
+    `device`.
+    """
+
+    images: int
+    classes: int
+    noise: Noise
+    device: torch.device
+    generator: torch.Generator
+    data_sha256: str
+
+    @abstractmethod
+    def batches(self, batch: int = 256) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Every training image once, in order and not augmented, on `device`: indices (b,), images (b, channel, height, width)
+        in [0, 1], labels (b,).
+        """
+
+    @abstractmethod
+    def load_model(self, path: Path) -> tuple[nn.Module, Noise]:
+        """The network (pixels in [0, 1] to logits, frozen, in eval mode, on `device`) and the noise of a model file: a teacher.
+
+        Raises `rscli.errors.InputError` if there is none, or if it has other classes or another input shape.
+        """
+
+    @abstractmethod
+    def note(self, text: str) -> None:
+        """A line for the user."""
 
 
 class Loss(Plugin):
@@ -135,12 +286,29 @@ class Loss(Plugin):
     """Whether a batch is split into m chunks, each with m copies and its own optimiser step (so that a forward keeps the
     rows of a batch), as the published code of most methods does. `chunk = false` in a configuration overrides it."""
 
-    m: int = Field(1, ge=1, description="noisy copies of an image")
+    m: int = Field(1, ge=1, le=4096, description="noisy copies of an image")
+
+    def setup(self, context: TrainContext) -> Mapping[str, Tensor]:
+        """What the loss needs to keep, by name, prepared once before the first step: soft labels by index, a teacher's weights.
+
+        The host hands it to every step as `TrainStep.state`, saves it in checkpoints (a resumed run does not set up again), and
+        records its digest in the model file. May raise `rscli.errors.InputError` for what the user can fix.
+        """
+        return {}
+
+    def networks(self, context: TrainContext) -> Mapping[str, nn.Module]:
+        """Networks besides the one in training, by name: a teacher, say (`context.load_model`). Asked at every start of a run.
+
+        They are not saved: what changes during training belongs into the state of `setup`.
+        """
+        return {}
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """The named terms of the objective, scalars with gradients; the engine minimises their sum and logs each.
+        """The named terms of the objective, scalars with gradients; the host minimises their sum and logs each.
 
-        May raise `rscli.errors.InputError` for what the user can mend. The engine raises `rscli.errors.PluginError` if there is
+        Names that the log has for itself (loss, accuracy, lr, epoch, ...) are not for terms, but for a single `loss`.
+
+        May raise `rscli.errors.InputError` for what the user can fix. The host raises `rscli.errors.PluginError` if there is
         no term or one is no scalar, and `rscli.errors.RscliError` if one is not finite.
         """
         raise NotImplementedError
@@ -150,7 +318,7 @@ class NoisyLoss(Loss):
     """A loss of the noisy logits alone."""
 
     def terms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The named terms from `logits` (m, batch, classes) and `labels` (batch,) int64: scalars, summed by the engine.
+        """The named terms from `logits` (m, batch, classes) and `labels` (batch,) int64: scalars, summed by the host.
 
         Raises as `Loss.step` does.
         """
@@ -162,35 +330,170 @@ class NoisyLoss(Loss):
 
 
 class Attack(Plugin):
-    """Moves the clean images before the noise is added."""
+    """Moves what a loss trains on: the images, the noise, or both."""
 
     kind: ClassVar[str] = "attacks"
-    least_m: ClassVar[int] = 1
-    """How many noisy copies of an image it needs at least: with fewer, training does not begin."""
+    min_m: ClassVar[int] = 1
+    """The fewest noisy copies of an image that it can work with: with fewer, training does not begin."""
 
-    def perturb(self, step: TrainStep) -> Tensor:
-        """The moved images (batch, channel, height, width), in [0, 1], detached.
+    def perturb(self, step: TrainStep) -> TrainStep:
+        """The step that the loss is to train on: `step.moved(images=..., noise=..., NAME=...)`.
 
-        The engine calls this with the model in eval mode and its parameters frozen, and restores both afterwards.
-        `step.noise` is the noise that the loss will train on.
+        Images must stay in [0, 1] and every tensor keep its shape. The host calls this with the model frozen
+        (`TrainStep.frozen`), restores it afterwards, and detaches what comes back. `step.noise` is the noise that the loss will
+        train on.
         """
         raise NotImplementedError
+
+
+# --- training: optimisers, schedules, loggers, callbacks ---------------------------------------------------------------------
+
+
+class Optimizer(Plugin):
+    """How parameters follow gradients."""
+
+    kind: ClassVar[str] = "optimizers"
+
+    lr: float = Field(gt=0, le=1e6, description="learning rate before the schedule changes it", json_schema_extra=unit("1"))
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """A torch optimiser of the parameters of `model`; the host sets the learning rate of every group to lr * factor.
+
+        A group may carry `lr_scale`, a factor of its own (layer decay). Raises `rscli.errors.InputError` for settings that
+        contradict each other.
+        """
+        raise NotImplementedError
+
+
+class Schedule(Plugin):
+    """The learning rate over the course of training."""
+
+    kind: ClassVar[str] = "schedules"
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """What the learning rate is multiplied by after `epoch` epochs (with a fraction inside an epoch) of `epochs` in all."""
+        raise NotImplementedError
+
+
+class Run(ABC):
+    """A training run, as loggers and callbacks see it.
+
+    `folder` is its run folder; `model` takes pixels in [0, 1]; `epoch` counts finished epochs of `epochs`, `batch` finished
+    batches of the current one, of `batches`. `config` is the resolved configuration as plain values, `spec` what is known of
+    the data.
+    """
+
+    folder: Path
+    model: nn.Module
+    noise: Noise
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    config: Mapping[str, Any]
+    spec: DataSpec
+
+    @abstractmethod
+    def images(self, split: str, indices: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
+        """Images (n, channel, height, width) of a split under the test transform, on the CPU, and their labels (n,)."""
+
+    @abstractmethod
+    def certify(self, images: Tensor, **options: Any) -> Sequence[Certificate]:
+        """Certificates of `images`, as the Python API gives them (n, alpha, certifier, radii, labels, seed, ...), for a probe.
+
+        The model and the random numbers of the run stay as they are.
+        """
+
+    @abstractmethod
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Adds plain `values` to the line of this epoch, which every logger gets at its end."""
+
+    @abstractmethod
+    def save(self) -> None:
+        """Replaces the checkpoint by the present state."""
+
+    @abstractmethod
+    def note(self, text: str) -> None:
+        """A line for the user."""
+
+
+class Logger(Plugin):
+    """Keeps the figures of a run: a file, a dashboard, ..."""
+
+    kind: ClassVar[str] = "loggers"
+
+    def open(self, run: Run) -> LogWriter:
+        """Begins the log of `run`, or goes on with it: figures of epochs after `run.epoch`, of a killed run, are dropped."""
+        raise NotImplementedError
+
+
+class LogWriter(ABC):
+    """An open log."""
+
+    @abstractmethod
+    def write(self, line: Mapping[str, Any]) -> None:
+        """The figures of an epoch, plain values by name: `epoch` (from 1), `lr`, the loss and its terms, speeds, ..."""
+
+    def write_step(self, line: Mapping[str, Any]) -> None:  # noqa: B027
+        """The figures of one optimiser step: `epoch` (from 1), `batch`, `chunk`, `lr`, the loss and its terms.
+
+        They come some steps later, several at a time: whenever the host reads them from the device. Nothing is done with them
+        unless this is overridden.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """The run ends, finished or not."""
+
+
+class Callback(Plugin):
+    """Something that happens during training, between optimiser steps.
+
+    It must leave the model as it was, but in `end`, which may replace the weights that are written: by their average, say.
+    """
+
+    kind: ClassVar[str] = "callbacks"
+    looks_on: ClassVar[bool] = False
+    """Whether it leaves the weights alone altogether: only then may it differ in a run that is resumed."""
+
+    def begin(self, run: Run, state: dict[str, Any]) -> None:
+        """Before the first step, also of a resumed run. `state` is the callback's own: tensors and plain values by name, empty
+        at first, saved in every checkpoint.
+        """
+
+    def after_step(self, run: Run, state: dict[str, Any]) -> None:
+        """After every optimiser step."""
+
+    def after_epoch(self, run: Run, state: dict[str, Any]) -> None:
+        """After every epoch, before its line is logged."""
+
+    def end(self, run: Run, state: dict[str, Any]) -> None:
+        """After the last epoch, before the model file is written."""
 
 
 # --- architectures -----------------------------------------------------------------------------------------------------------
 
 
 class Architecture(Plugin):
-    """Builds a network. The engine puts the normalisation of the data set in front, as a layer."""
+    """Builds a network."""
 
     kind: ClassVar[str] = "architectures"
+    normalizes: ClassVar[bool] = False
+    """Whether the network takes pixels in [0, 1] as they are. If not, the host puts the normalisation of the data in front, as
+    a layer."""
+    field_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """What other code calls networks of this kind, with the fields that make them: `{"cifar_resnet110": {"depth": 110}}`."""
 
-    def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-        """A freshly initialised network from images `input_shape` (channel, height, width) to `classes` logits.
+    @classmethod
+    def rename(cls, name: str) -> str:
+        """The network's name of a tensor that other code calls `name`, whatever is in front of it; an unknown `name` stays."""
+        return name
 
-        Certification on a CPU calls the network, in eval mode, from several threads at once. Raises
-        `rscli.errors.InputError` when it cannot take that shape. Initial weights come from torch's global generator; a
-        field `pretrained`, if there is one, is False when a model file is rebuilt.
+    def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
+        """A freshly initialised network from images of `spec.shape` to `len(spec.class_names)` logits.
+
+        `weights` is False when all weights are replaced right afterwards (a model file, an import): nothing pretrained is then
+        to be fetched or read. Initial weights come from torch's global generator. Certification on a CPU calls the network, in
+        eval mode, from several threads at once. Raises `rscli.errors.InputError` when it cannot take that shape.
         """
         raise NotImplementedError
 
@@ -208,12 +511,18 @@ class Transform(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     channels: Literal[1, 3]
-    resize: int | None = Field(None, ge=1)
-    crop: tuple[int, int]
+    resize: int | None = Field(None, ge=1, le=LARGEST_SIDE)
+    crop: tuple[Side, Side]
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> Self:
+        if self.resize is not None:
+            _check_values("resize", self.channels, self.resize, self.resize)
+        return self
 
 
 class Augmentation(BaseModel):
-    """What happens to a training image: data, applied by the engine.
+    """What happens to a training image: data, applied by the host.
 
     `padding`: zero padding on each side, then a random crop of the input's size. `flip`: horizontal, with probability 1/2.
     `resized_crop`: a random part of the original file (8 to 100 % of its area, aspect 3/4 to 4/3), resized to the input.
@@ -221,26 +530,51 @@ class Augmentation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    padding: int = Field(0, ge=0)
+    padding: int = Field(0, ge=0, le=LARGEST_SIDE)
     flip: bool = False
     resized_crop: bool = False
 
 
 class DataSpec(BaseModel):
-    """What a model must know of its data: class names, input shape, normalisation and transforms."""
+    """What a model must know of its data: class names, input shape, normalisation and transforms.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    A model file may hold any of it, so everything is bounded before anything is allocated: `LARGEST_IMAGE` values an image,
+    with its padding; `MOST_CLASSES` classes; mean and std for each channel, both or neither, std in [1e-6, 1e6].
+    """
 
-    class_names: tuple[str, ...]
-    shape: tuple[int, int, int]
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    class_names: tuple[Annotated[str, Field(max_length=10_000)], ...] = Field(min_length=1, max_length=MOST_CLASSES)
+    shape: tuple[Channels, Side, Side]
     """(channel, height, width)"""
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] | None = None
     """Per-channel mean of the normalisation layer; None: the model has no such layer."""
-    std: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...] | None = None
     test_transform: Transform
     augmentation: Augmentation = Augmentation()
-    sizes: dict[str, int] = Field(default_factory=dict)
+    sizes: dict[str, Annotated[int, Field(ge=0, lt=2**63)]] = Field(default_factory=dict, max_length=1000)
     """Images in each split, as far as known without reading them."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        channels, height, width = self.shape
+        padding = 2 * self.augmentation.padding
+        _check_values("an image with its padding", channels, height + padding, width + padding)
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together: both or neither")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != channels:
+                raise ValueError(f"{name} has {len(values)} values, and there are {channels} channels")
+        if (self.test_transform.channels, *self.test_transform.crop) != self.shape:
+            raise ValueError(f"the test transform gives images of another shape than {self.shape}")
+        return self
+
+
+def _check_values(what: str, channels: int, height: int, width: int) -> None:
+    if (count := channels * height * width) > LARGEST_IMAGE:
+        raise ValueError(
+            f"{what} ({channels} x {height} x {width}) has {count:,} values, and at most {LARGEST_IMAGE:,} are taken"
+        )
 
 
 @dataclass(frozen=True)
@@ -255,12 +589,14 @@ class MemoryImages:
 class FileImages:
     """A split read from disk image by image: `paths` in a fixed order, `labels` int64 (n,).
 
-    `cache`: the split is small; the engine reads it once, through the test transform, and holds it in memory.
+    `cache`: the split is small; the host reads it once, through the test transform, and holds it in memory. `note`: a line
+    for the user when the split is opened, such as the `skipped_text` of what was found.
     """
 
     paths: Sequence[Path]
     labels: NDArray[np.int64]
     cache: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -273,7 +609,7 @@ class Finding:
 
 
 class Dataset(Plugin):
-    """Images in [0, 1] with labels; normalisation and transforms are described as data and applied by the engine.
+    """Images in [0, 1] with labels; normalisation and transforms are described as data and applied by the host.
 
     The held-out split is always called `test`.
     """
@@ -304,7 +640,7 @@ class Question:
     """What is asked about one image.
 
     `thresholds`: what the probability of the class must exceed for each wanted radius, increasing (empty: as large a radius
-    as can be had). `label`: test this class instead of the one that the selection samples choose.
+    as possible). `label`: test this class instead of the one that the selection samples choose.
     """
 
     classes: int
@@ -330,7 +666,8 @@ class Decision:
 
     With probability at least 1 - alpha, the class has probability at least `p_a` and every other at most `p_b`.
     `saturated`: the bound is the largest that so many samples can give; of a certifier of given radii (`grid`): all of them
-    hold, and more might be proved.
+    hold, and more might be proved. `threshold`: of a certifier of given radii, which of `Question.thresholds` was reached, from
+    0; the certified radius is exactly that one.
     """
 
     predict: int
@@ -338,23 +675,52 @@ class Decision:
     p_b: float
     reason: str
     saturated: bool = False
+    threshold: int | None = None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was certified of one image.
+
+    With probability at least 1 - alpha over the sampling, the smoothed classifier answers `predict` (ABSTAIN: it says nothing)
+    on every image within `radius` of this one, in the norm of the noise. `n0` selection samples chose the class; of `n` fresh
+    ones, `counts` (classes,) int64 were given each class. `p_a`, `p_b`, `reason` and `saturated` as in a `Decision`.
+    """
+
+    index: int
+    predict: int
+    radius: float
+    p_a: float
+    p_b: float
+    n0: int
+    n: int
+    counts: NDArray[np.int64]
+    candidate: int
+    reason: str
+    saturated: bool = False
 
 
 class Certifier(Plugin):
-    """A statistical test, without torch: the engine draws the samples it asks for, and counts the classes they were given."""
+    """A statistical test, without torch: the host draws the samples it asks for, and counts the classes they were given."""
 
     kind: ClassVar[str] = "certifiers"
     grid: ClassVar[bool] = False
-    """Whether it decides given radii (`Question.thresholds`), and not as large a radius as can be had."""
+    """Whether it decides given radii (`Question.thresholds`), and not as large a radius as possible."""
+    decisive: ClassVar[tuple[str, ...]] = ()
+    """Fields that, like n and alpha, decide how large a radius may be: results that differ in one are not compared."""
 
-    n0: int = Field(100, ge=1, description="selection samples an image")
-    n: int = Field(100_000, ge=1, description="samples an image, at most")
-    alpha: float = Field(0.001, gt=0, lt=1, description="probability that a certificate is wrong, at most")
+    n0: int = Field(100, ge=1, description="selection samples per image")
+    n: int = Field(100_000, ge=1, description="Monte Carlo samples per image, at most")
+    alpha: float = Field(0.001, gt=0, lt=1, description="failure probability of a certificate, at most")
+
+    def largest_p_a(self, n: int) -> float:
+        """The largest lower bound `p_a` that `n` unanimous samples can give: alpha ** (1/n), that of Clopper & Pearson 1934."""
+        return float(self.alpha ** (1 / n))
 
     def selection(self, question: Question) -> int:
         """How many samples are drawn first, to choose the class; 0 if none are needed.
 
-        The engine raises `rscli.errors.PluginError` if it is negative.
+        The host raises `rscli.errors.PluginError` if it is negative.
         """
         return self.n0
 
@@ -362,7 +728,7 @@ class Certifier(Plugin):
         """The class under test and the looks, from the `counts` (classes,) of the selection samples.
 
         The looks count fresh samples: the selection samples are never counted again. Without selection samples the counts are
-        zeros. Raises `rscli.errors.InputError` for a question that it cannot answer; the engine raises
+        zeros. Raises `rscli.errors.InputError` for a question that it cannot answer; the host raises
         `rscli.errors.PluginError` if the looks do not increase from 1, or no sample is wanted at all.
         """
         raise NotImplementedError
@@ -370,7 +736,7 @@ class Certifier(Plugin):
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision | None:
         """Called at each look with the `counts` (classes,) of the first `n` fresh samples; None: go on to the next look.
 
-        Must decide at the last look, or, if the plan has no looks, when called with zeros and n = 0: the engine raises
+        Must decide at the last look, or, if the plan has no looks, when called with zeros and n = 0: the host raises
         `rscli.errors.PluginError` for a None there. May assume that `n` is a look of the plan and that the counts add up to it.
         """
         raise NotImplementedError
@@ -394,26 +760,43 @@ def fields_of(plugin: Plugin) -> Mapping[str, Any]:
 __all__ = [
     "ABSTAIN",
     "API_VERSION",
+    "COMMON_SUFFIXES",
     "KINDS",
     "Architecture",
     "Attack",
     "Augmentation",
+    "Callback",
+    "Certificate",
     "Certifier",
     "DataSpec",
     "Dataset",
     "Decision",
     "FileImages",
     "Finding",
+    "ImageListing",
+    "LogWriter",
+    "Logger",
     "Loss",
     "MemoryImages",
     "Noise",
     "NoisyLoss",
+    "Optimizer",
     "Plan",
     "Plugin",
+    "Position",
     "Provenance",
     "Question",
+    "Run",
+    "Schedule",
+    "TrainContext",
     "TrainStep",
     "Transform",
+    "class_folder",
+    "class_folders",
     "fields_of",
+    "has_images",
+    "list_images",
+    "loose_images",
+    "skipped_text",
     "unit",
 ]

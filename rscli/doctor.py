@@ -12,18 +12,20 @@ from pydantic import ValidationError
 
 from rscli.api import Dataset, Finding
 from rscli.config.presets import list_presets
-from rscli.errors import RscliError
-from rscli.registry import installed, load_entry
-from rscli.runtime.devices import device_name, versions
+from rscli.errors import PluginError, RscliError
+from rscli.plugin_trial import descriptions
+from rscli.registry import Entry, installed, load_entry, problems
+from rscli.runtime.devices import device_name, slow_bf16, versions
 
 
 def examine(data_dir: Path) -> dict[str, list[Finding]]:
     """The findings, by heading. Trains nothing, reads no images, changes nothing."""
+    told = descriptions(entry for entry in installed().entries() if entry.kind != "presets")
     return {
         "versions": list(_versions()),
         "devices": list(_devices()),
-        f"data sets under {data_dir}": list(_datasets(data_dir)),
-        "plugins": list(_plugins()),
+        f"data sets under {data_dir}": list(_datasets(data_dir, told)),
+        "plugins": list(_plugins(told)),
     }
 
 
@@ -50,7 +52,9 @@ def _abilities(kind: str) -> str:
     try:
         small = torch.ones(8, 8, device=kind)
         with torch.autocast(kind, torch.bfloat16):
-            able.append("bf16" if (small @ small).dtype == torch.bfloat16 else "no bf16")
+            works = (small @ small).dtype == torch.bfloat16
+        slow = "slow bf16: emulated, fp32 is faster" if slow_bf16(torch.device(kind)) else "bf16"
+        able.append(slow if works else "no bf16")
     except (RuntimeError, ValueError, TypeError):
         able.append("no bf16")
     able.append("compile" if _compiles(kind) else "no compile")
@@ -71,31 +75,32 @@ def _compiles(kind: str) -> bool:
     return False
 
 
-def _datasets(data_dir: Path) -> Iterator[Finding]:
+def _datasets(data_dir: Path, told: dict[Entry, str | PluginError]) -> Iterator[Finding]:
     if not data_dir.is_dir():
         hint = "Make it, or name another with --data-dir or RSCLI_DATA_DIR; the data set `digits` needs none."
         yield Finding(False, f"there is no folder {data_dir}", hint)
     for entry in installed().entries("datasets"):
+        if isinstance(told[entry], PluginError):
+            continue  # listed as a plugin; its import may end the process
         try:
             dataset = cast(type[Dataset], load_entry(entry))()
         except (RscliError, ValidationError):
-            continue  # broken ones are listed as plugins; some need settings that only the user knows
+            continue  # some need settings that only the user knows
         try:
             yield from dataset.check(data_dir)
         except Exception as cause:  # somebody else's code: it must not take the other findings with it
             yield Finding(False, f"the {entry} cannot be examined: {type(cause).__name__}: {cause}", f"Update {entry.package}.")
 
 
-def _plugins() -> Iterator[Finding]:
+def _plugins(told: dict[Entry, str | PluginError]) -> Iterator[Finding]:
     broken = 0
-    for entry in installed().entries():
-        if entry.kind == "presets":
-            continue
-        try:
-            load_entry(entry)
-        except RscliError as error:
+    for problem in problems():
+        broken += 1
+        yield Finding(False, str(problem), problem.hint)
+    for answer in told.values():
+        if isinstance(answer, PluginError):
             broken += 1
-            yield Finding(False, error.message, error.hint)
+            yield Finding(False, answer.message, answer.hint)
     for preset in list_presets():
         if preset.problem is not None:
             broken += 1

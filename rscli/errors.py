@@ -6,9 +6,12 @@ hint, without a traceback. Every other exception is a defect of the program and 
 
 from __future__ import annotations
 
+MOST_TOLD = 25
+"""Problems that are told one by one; a file may have thousands."""
+
 
 class RscliError(Exception):
-    """Something that the user can mend.
+    """Something that the user can fix.
 
     `message` states the value and the rule it breaks; `hint` says what to do next. `exit_code` is what the process answers.
     """
@@ -36,13 +39,15 @@ class ConfigError(InputError):
     def __init__(self, problems: list[str], hint: str | None = None) -> None:
         self.problems = list(problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"the configuration has {count}:", *(f"  {p}" for p in problems)]), hint)
+        rest = [f"  and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
+        told = [f"  {problem}" for problem in problems[:MOST_TOLD]]
+        super().__init__("\n".join([f"the configuration has {count}:", *told, *rest]), hint)
 
 
 class PluginError(RscliError):
     """A plugin that is unknown, ambiguous, fails to load, or breaks its contract.
 
-    Asking for a plugin that does not exist is wrong input (exit code 2); `exit_code` is 2 for all of them, since the mend is
+    Asking for a plugin that does not exist is wrong input (exit code 2); `exit_code` is 2 for all of them, since the fix is
     always in what the user installed or named.
     """
 

@@ -7,14 +7,19 @@ its own use. Core plugins are found the same way as anybody else's.
 from __future__ import annotations
 
 import difflib
+import signal
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from typing import Any
 
-from rscli.api import KINDS, Plugin, Provenance
-from rscli.errors import PluginError
+from pydantic import ValidationError
+
+from rscli.api import API_VERSION, KINDS, Plugin, Provenance
+from rscli.distributions import Problem, environment, normalised
+from rscli.errors import PluginError, RscliError
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,22 @@ class Entry:
 class Registry:
     """The plugins that the installed packages announce."""
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry], defaults: Mapping[str, str] | None = None) -> None:
+        self._defaults = dict(defaults or {})
         self._entries = sorted(entries, key=lambda e: (KINDS.index(e.kind), e.name, e.package))
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Every announced plugin, or those of one `kind`, sorted by name."""
         return [entry for entry in self._entries if kind in (None, entry.kind)]
+
+    def default(self, kind: str) -> str:
+        """The name of the plugin of a `kind` that is used where none is named. Raises `PluginError` if there is none.
+
+        Core plugins announce it in the entry-point group `rscli.defaults`, as `noises = "NAME"`.
+        """
+        if kind not in self._defaults:
+            raise PluginError(f"no installed package says which of the {kind} is the usual one", "Install rscli again.")
+        return self._defaults[kind]
 
     def find(self, kind: str, name: str) -> tuple[Entry, str | None]:
         """The entry called `name`, and the variant behind its slash (`timm/resnet18` is `timm` and `resnet18`).
@@ -54,16 +69,30 @@ class Registry:
             found = [e for e in self.entries(kind) if e.name == plugin_name and (not colon or _same(e.package, package))]
             if len(found) > 1:
                 both = " and ".join(f"{e.package} {e.version}" for e in found)
-                choices = " or ".join(f"{e.package}:{name}" for e in found)
-                raise PluginError(f"two packages provide the {kind} plugin {plugin_name!r}: {both}", f"Write {choices}.")
+                raise PluginError(f"two packages provide the {kind} plugin {plugin_name!r}: {both}", _choice(found, rest))
             if found:
                 return found[0], variant
         known = [e.name for e in self.entries(kind)] + [f"{e.package}:{e.name}" for e in self.entries(kind)]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        near = self.offering(kind, name) or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise PluginError(
             f"no installed package provides the {kind} plugin {name!r}", f"{hint}`rscli plugins` lists what is there."
         )
+
+    def offering(self, kind: str, name: str) -> list[str]:
+        """The names, with a slash, under which plugins of `kind` offer what is called `name` elsewhere: `timm/resnet18`.
+
+        Imports every plugin of the kind; broken ones offer nothing.
+        """
+        found = []
+        for entry in self.entries(kind):
+            try:
+                plugin = load_entry(entry)
+                if plugin.variant is not None and plugin.offers(name):
+                    found.append(f"{entry.name}/{name}")
+            except Exception:  # somebody else's code, asked on the way to an error of the user's
+                continue
+        return found
 
     def load(self, kind: str, name: str) -> type[Plugin]:
         """The plugin class called `name` (a variant behind a slash is ignored here).
@@ -77,14 +106,19 @@ class Registry:
 
         Raises `PluginError` as `load` does, and pydantic's `ValidationError` if the fields do not fit.
         """
-        fields = {key: value for key, value in section.items() if key != "name"}
         entry, variant = self.find(kind, str(section["name"]))
         plugin = load_entry(entry)
+        fields = {plugin.renamed.get(key, key): value for key, value in section.items() if key != "name"}
         if variant is not None:
             if plugin.variant is None:
                 raise PluginError(f"{entry} takes no variant, so {section['name']!r} means nothing", f"Write {entry.name!r}.")
             fields = {plugin.variant: variant, **fields}
-        return plugin(**fields)
+        try:
+            return plugin(**fields)
+        except (ValidationError, RscliError):
+            raise
+        except Exception as cause:  # a validator of the plugin's own
+            raise PluginError(f"the {entry} cannot be built: {type(cause).__name__}: {cause}", fix(entry)) from cause
 
     def provenance(self, kind: str, name: str) -> Provenance:
         """Which package, in which version, provides the plugin. Raises `PluginError` as `find` does."""
@@ -92,29 +126,85 @@ class Registry:
         return Provenance(kind, entry.name, entry.package, entry.version)
 
 
+_announced: dict[Entry, type[Plugin]] = {}
+"""Plugins that no package announces: those of files that the user named."""
+
+
+_origins: dict[type, Entry] = {}
+"""Which entry a loaded class came from."""
+
+
+def origin_of(plugin: type[Plugin]) -> Entry | None:
+    """The entry that a loaded plugin class came from; None for a class that was not loaded through the registry."""
+    return _origins.get(plugin)
+
+
+def announce(entry: Entry, plugin: type[Plugin]) -> None:
+    """Makes a plugin known to this process that no installed package announces."""
+    _announced[entry] = plugin
+    installed.cache_clear()
+
+
 @cache
 def installed() -> Registry:
-    """The registry of everything installed in this environment, read once a process."""
-    found: dict[Entry, None] = {}
-    for kind in KINDS:
-        for point in metadata.entry_points(group=f"rscli.{kind}"):
-            package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "unknown")
-            found[Entry(kind, point.name, package, version, point.value)] = None
-    return Registry(found)
+    """The registry of everything installed in this environment, read once a process, and of what was announced."""
+    found: dict[Entry, None] = dict.fromkeys(_announced)
+    usual: dict[str, str] = {}
+    for one in environment().distributions:
+        for group, name, target in one.points:
+            kind = group.removeprefix("rscli.")
+            if kind in KINDS:
+                found[Entry(kind, name, one.name, one.version, target)] = None
+            elif kind == "defaults":
+                usual.setdefault(name, target)
+    return Registry(found, usual)
+
+
+def problems() -> tuple[Problem, ...]:
+    """The installed packages whose metadata is damaged or there twice: their plugins are left out."""
+    return environment().problems
 
 
 @cache
 def load_entry(entry: Entry) -> type[Plugin]:
     """Imports one plugin and checks that it is of its kind. Raises `PluginError` with package, version, target and cause."""
+    if entry in _announced:
+        _origins[_announced[entry]] = entry
+        return _announced[entry]
     point = metadata.EntryPoint(entry.name, entry.target, f"rscli.{entry.kind}")
     try:
         plugin = point.load()
-    except (Exception, SystemExit) as cause:
+    except BaseException as cause:
+        if from_a_signal(cause):
+            raise
         reason = f"{type(cause).__name__}: {cause}"
-        raise PluginError(f"the {entry} does not load: {reason}", _mend(entry)) from cause
+        raise PluginError(f"the {entry} does not load: {reason}", fix(entry)) from cause
+    if isinstance(plugin, type):
+        _origins[plugin] = entry
     if not (isinstance(plugin, type) and issubclass(plugin, Plugin)) or getattr(plugin, "kind", None) != entry.kind:
-        raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", _mend(entry))
+        raise PluginError(f"the {entry} is not a plugin of that kind: it must be a class derived from rscli.api", fix(entry))
+    check_contract(entry, plugin)
     return plugin
+
+
+def check_contract(entry: Entry, plugin: type[Plugin]) -> None:
+    """Raises `PluginError`, saying which side to update, if the plugin was written for another version of the contract."""
+    if plugin.api_version != API_VERSION:
+        text = f"the {entry} is written for version {plugin.api_version} of rscli.api, and this is version {API_VERSION}"
+        older = isinstance(plugin.api_version, int) and plugin.api_version < API_VERSION
+        raise PluginError(text, f"Update {entry.package}." if older else "Update rscli (pip install --upgrade rscli).")
+
+
+def from_a_signal(cause: BaseException) -> bool:
+    """Whether `cause` was raised by a signal (Ctrl-C), and not by a plugin.
+
+    A handler of rscli's is the frame that raised it. Python's own leaves no frame: every KeyboardInterrupt is taken for real.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        return isinstance(cause, KeyboardInterrupt)
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    return bool(frames) and frames[-1] is getattr(handler, "__code__", None)
 
 
 def description(plugin: type[Plugin]) -> str:
@@ -123,8 +213,17 @@ def description(plugin: type[Plugin]) -> str:
     return lines[0].rstrip(".") if lines else ""
 
 
-def _mend(entry: Entry) -> str:
+def fix(entry: Entry) -> str:
+    """What to do about a broken plugin."""
     return f"Update or uninstall {entry.package} (pip install --upgrade {entry.package}); nothing else is affected."
+
+
+def _choice(found: list[Entry], name: str) -> str:
+    """How to choose between entries of one name. Within one package there is nothing to write."""
+    packages = list(dict.fromkeys(normalised(entry.package) for entry in found))
+    if len(packages) == 1:
+        return f"Install {found[0].package} again: it announces one name for {' and '.join(e.target for e in found)}."
+    return f"Write {' or '.join(f'{entry.package}:{name}' for entry in found)}."
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -134,4 +233,4 @@ def _split(name: str) -> tuple[str, str | None]:
 
 def _same(a: str, b: str) -> bool:
     """Whether two spellings name one distribution (PEP 503)."""
-    return a.lower().replace("_", "-").replace(".", "-") == b.lower().replace("_", "-").replace(".", "-")
+    return normalised(a) == normalised(b)

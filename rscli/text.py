@@ -1,101 +1,94 @@
-"""Text that comes from outside (names of files and classes, metadata) on its way to the eye, to JSON and to comparisons.
+r"""Text from outside, made safe for the eye: what a name says reaches a terminal or a table, what it does there does not.
 
-One way in: paths keep their bytes (`surrogateescape`, as Python reads them), and names are compared by `same`.
-One way out: `visible` writes what an eye cannot see, or a terminal would obey, as JSON's `\\uXXXX`. The escape is the same for
-the eye and in JSON, so that escaped JSON is still the same JSON: a byte of a file name that is not UTF-8 is `\\udcXX` in both,
-and Python's `os.fsencode(json.loads(text))` gives the name back.
+Names of files come from the system as bytes; those that are not UTF-8 are kept as lone surrogates (PEP 383), which open the
+file again but cannot be printed. They, control characters, and the marks that turn the direction of writing (Unicode
+Technical Report 36, section 2.5) are shown as Python escapes them: `caf\udce9.png`, `\x1b[2J`, `\u202e`.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 import unicodedata
 from typing import Any
 
-_UNSEEN = (
-    "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # control characters, the escape of terminals among them, but for \t \n \r
-    "\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # no width, or another direction
-    "\ud800-\udfff\U000e0000-\U000e007f"  # lone surrogates, and letters that are only tags
+_UNSEEN = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
+_HARMFUL = re.compile(f"[{_UNSEEN}]")
+_HARMFUL_IN_LINE = re.compile(f"[{_UNSEEN}\t\n]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+ASCII = str.maketrans(
+    {
+        "σ": "sigma",
+        "α": "alpha",
+        "ε": "eps",
+        "λ": "lambda",
+        "η": "eta",
+        "±": "+-",
+        "≥": ">=",
+        "≤": "<=",
+        "−": "-",
+        "–": "-",
+        "—": "-",
+        "×": "x",
+        "…": "...",
+        "→": "->",
+        "•": "*",
+        "∞": "inf",
+        "‖": "||",
+        "ℓ": "l",
+        "‘": "'",
+        "’": "'",
+        "“": '"',
+        "”": '"',
+    }
 )
-_COLOUR = "\x1b\\[[0-9;]*m"
-"""How a terminal is told a colour: nothing else is to pass from an unknown writer."""
-
-_EVERY = re.compile(f"[{_UNSEEN}\r]")
-_LINE = re.compile(f"[{_UNSEEN}\r\n\t]")
-_WRITTEN = re.compile(f"[{_UNSEEN}]")
-_COLOURED = re.compile(f"{_COLOUR}|[{_UNSEEN}]")
-
-PLAIN = {
-    **{"σ": "sigma", "α": "alpha", "±": "+/-", "≥": ">=", "≤": "<=", "−": "-", "–": "-", "—": "-", "…": "...", "×": "x"},
-    **{"“": '"', "”": '"', "‘": "'", "’": "'", "·": ".", "•": "*", "→": "->", "\xa0": " "},
-    **{"─": "-", "━": "-", "│": "|", "╭": "+", "╮": "+", "╰": "+", "╯": "+", "╸": "-", "╺": "-"},
-}
-"""What our own signs become where they cannot be encoded."""
-
-ERRORS = "rscli.plain"
-"""The error handler for streams and files that cannot encode a character: `PLAIN`, or an escape."""
+"""The signs of our messages and tables where a stream cannot encode them."""
 
 
 def visible(text: str) -> str:
-    """`text`, with whatever an eye cannot see, or a terminal would obey, as `\\uXXXX`; line feeds and tabs are kept."""
-    return _EVERY.sub(_escape, text)
+    """`text` of one or more lines: whatever a terminal would obey or could not show is escaped; tabs and line feeds stay."""
+    return _HARMFUL.sub(_escape, text)
 
 
 def one_line(text: str) -> str:
-    """`text` as `visible` makes it, with line feeds and tabs escaped as well: for a cell, or a name in the middle of a line."""
-    return _LINE.sub(_escape, text)
+    """`text` for one cell of a table: as `visible`, with tabs and line feeds escaped as well."""
+    return _HARMFUL_IN_LINE.sub(_escape, text)
 
 
-def written(text: str, *, colours: bool) -> str:
-    """What reaches a stream from a writer that may be anybody: carriage returns pass, and `colours` where they are wanted."""
-    if colours:
-        return _COLOURED.sub(lambda found: found[0] if len(found[0]) > 1 else _escape(found), text)
-    return _WRITTEN.sub(_escape, text)
-
-
-def plain(text: str, encoding: str) -> str:
-    """`text` as a stream of this `encoding` shows it. To be done before a table is set, since it changes the width."""
+def encodable(text: str, encoding: str) -> str:
+    """`text` in characters that `encoding` has: our own signs in ASCII where it lacks them, any other character escaped."""
     try:
-        return text.encode(encoding, ERRORS).decode(encoding)
-    except (LookupError, UnicodeError):
-        return text
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        spelled = "".join(each if _has(encoding, each) else each.translate(ASCII) for each in text)
+        return spelled.encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
-def to_json(value: Any, *, ascii_only: bool = False, **options: Any) -> str:
-    """`value` as JSON that is valid, encodable and safe to look at, whatever its texts hold; `json.loads` gives them back.
+def json_text(value: Any, *, indent: int | None = 2, ascii_only: bool = False, default: Any = None) -> str:
+    """`value` as JSON that any stream or file can encode: lone surrogates, or with `ascii_only` all but ASCII, are escaped.
 
-    JSON has line feeds between its values only, so that what is escaped here is always inside a text.
+    What reads it back gets the same strings. Raises `TypeError` for a value that JSON does not know,
+    unless `default` makes one of it that it knows.
     """
-    return _WRITTEN.sub(_escape, json.dumps(value, ensure_ascii=ascii_only, **options))
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only, default=default)
+    return _SURROGATE.sub(_escape, text)
 
 
-def same(name: str) -> str:
-    """What two names have in common that look the same: the NFC form (macOS hands out NFD). For comparison, not for use."""
+def same_name(name: str) -> str:
+    """`name` for comparison: composed (NFC), since file systems differ in how they keep an accent."""
     return unicodedata.normalize("NFC", name)
 
 
 def _escape(found: re.Match[str]) -> str:
-    return "".join(_code(unit) for unit in _units(found[0]))
+    r"""One character: `\n`, `\x1b` or `\u202e`."""
+    return found[0].encode("unicode_escape").decode("ascii")
 
 
-def _units(text: str) -> list[int]:
-    """UTF-16 code units, which are what JSON escapes."""
-    data = text.encode("utf-16-be", "surrogatepass")
-    return [int.from_bytes(data[at : at + 2]) for at in range(0, len(data), 2)]
-
-
-def _code(unit: int) -> str:
-    return f"\\u{unit:04x}"
-
-
-def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What Python calls for the characters that an encoding lacks."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    lacking = error.object[error.start : error.end]
-    return "".join(PLAIN.get(letter) or "".join(map(_code, _units(letter))) for letter in lacking), error.end
-
-
-codecs.register_error(ERRORS, _replace)
+def _has(encoding: str, character: str) -> bool:
+    try:
+        character.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
+from rscli.api import DataSpec, Transform
 from rscli.errors import InputError
 from rscli.registry import installed
 from rscli_core.architectures._densenet import Bottleneck
@@ -31,6 +32,12 @@ TIMM = {
     "resnet18": (TimmModel(model="resnet18"), (1, 32, 32)),
     "vit_tiny": (TimmModel(model="vit_tiny_patch16_224"), (1, 32, 32)),
 }
+
+
+def spec(classes: int, shape: tuple[int, int, int]) -> DataSpec:
+    """Of data with so many classes and images of this shape, also with channels that no image file has."""
+    transform = Transform(channels=3 if shape[0] == 3 else 1, crop=shape[1:])
+    return DataSpec.model_construct(class_names=tuple(map(str, range(classes))), shape=shape, test_transform=transform)
 
 
 @pytest.fixture(autouse=True)
@@ -107,12 +114,14 @@ def linear(x, layer):
     ],
 )
 def test_parameter_count(plugin, classes, shape, parameters):
-    assert sum(p.numel() for p in plugin.build(classes, shape).parameters()) == parameters
+    assert sum(p.numel() for p in plugin.build(spec(classes, shape)).parameters()) == parameters
 
 
 def test_every_lenet_parameter_name():
     layers = ("conv1", "conv2", "fc1", "fc2")
-    assert list(LeNet().build(10, MNIST).state_dict()) == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    assert list(LeNet().build(spec(10, MNIST)).state_dict()) == [
+        f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -151,12 +160,12 @@ def test_every_lenet_parameter_name():
     ],
 )
 def test_parameter_names(plugin, shapes):
-    state = plugin.build(10, CIFAR).state_dict()
+    state = plugin.build(spec(10, CIFAR)).state_dict()
     assert {name: tuple(state[name].shape) for name in shapes if name in state} == shapes
 
 
 def test_resnet_has_no_projection_where_the_shape_stays():
-    names = CifarResNet(depth=20).build(10, CIFAR).state_dict()
+    names = CifarResNet(depth=20).build(spec(10, CIFAR)).state_dict()
     assert {name.split(".downsample")[0] for name in names if "downsample" in name} == {"layer2.0", "layer3.0"}
 
 
@@ -165,7 +174,7 @@ def test_resnet_has_no_projection_where_the_shape_stays():
 
 @pytest.mark.parametrize("shape", [MNIST, (3, 17, 22)], ids=["28x28", "17x22"])
 def test_lenet_against_numpy(shape):
-    net = LeNet().build(10, shape).double()
+    net = LeNet().build(spec(10, shape)).double()
     images = torch.rand(3, *shape, dtype=torch.float64)
     x = max_pool(relu(conv(images.numpy(), net.conv1)))
     x = max_pool(relu(conv(x, net.conv2)))
@@ -174,7 +183,7 @@ def test_lenet_against_numpy(shape):
 
 
 def test_lenet_gradient_is_that_of_relu_before_pooling():
-    net = LeNet().build(10, MNIST).double()
+    net = LeNet().build(spec(10, MNIST)).double()
     a = torch.rand(3, *MNIST, dtype=torch.float64, requires_grad=True)
     b = a.detach().clone().requires_grad_()
     x = F.max_pool2d(F.relu(net.conv2(F.max_pool2d(F.relu(net.conv1(b)), 2))), 2)
@@ -208,7 +217,7 @@ def test_densenet_layer_against_numpy(training):
 
 
 def test_resnet_stages_against_their_written_out_chain():
-    net = randomize_batch_norm(CifarResNet(depth=8).build(10, CIFAR)).double().eval()
+    net = randomize_batch_norm(CifarResNet(depth=8).build(spec(10, CIFAR))).double().eval()
     images = torch.rand(2, *CIFAR, dtype=torch.float64)
     stem = torch.from_numpy(relu(norm(conv(images.numpy(), net.conv1), net.bn1)))
     features = net.layer3[0](net.layer2[0](net.layer1[0](stem)))
@@ -218,7 +227,7 @@ def test_resnet_stages_against_their_written_out_chain():
 
 
 def test_densenet_halves_twice_and_ends_in_norm_relu_mean():
-    net = randomize_batch_norm(CifarDenseNet(depth=10).build(10, CIFAR)).double().eval()
+    net = randomize_batch_norm(CifarDenseNet(depth=10).build(spec(10, CIFAR))).double().eval()
     images = torch.rand(2, *CIFAR, dtype=torch.float64)
 
     def halve(x):
@@ -236,7 +245,7 @@ def test_densenet_halves_twice_and_ends_in_norm_relu_mean():
 @pytest.mark.parametrize("plugin", [CifarResNet(), CifarDenseNet(growth=24)], ids=["resnet110", "densenet40"])
 def test_he_initialisation(plugin):
     """Every weight divided by its own standard deviation sqrt(2 / fan-out) is a standard normal one."""
-    net = plugin.build(10, CIFAR)
+    net = plugin.build(spec(10, CIFAR))
     convs = [m.weight.detach() for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
     scaled = torch.cat([(w / (2 / (w.shape[0] * w.shape[2] * w.shape[3])) ** 0.5).flatten() for w in convs]).double()
     assert abs(scaled.mean()) < 5 / scaled.numel() ** 0.5
@@ -251,7 +260,7 @@ def test_he_initialisation(plugin):
 def test_same_seed_same_weights(plugin, shape):
     def weights(seed):
         torch.manual_seed(seed)
-        return torch.cat([p.detach().flatten() for p in plugin.build(10, shape).parameters()])
+        return torch.cat([p.detach().flatten() for p in plugin.build(spec(10, shape)).parameters()])
 
     first = weights(3)
     assert torch.equal(first, weights(3))
@@ -263,25 +272,25 @@ def test_same_seed_same_weights(plugin, shape):
 
 @pytest.mark.parametrize("shape", [MNIST, (3, 32, 32), (1, 16, 16), (2, 19, 40)], ids=str)
 def test_lenet_output_shape(shape):
-    assert LeNet().build(7, shape)(torch.rand(3, *shape)).shape == (3, 7)
+    assert LeNet().build(spec(7, shape))(torch.rand(3, *shape)).shape == (3, 7)
 
 
 @pytest.mark.parametrize("plugin", [CifarResNet(depth=8), CifarDenseNet(depth=10, growth=4)], ids=["resnet", "densenet"])
 @pytest.mark.parametrize("shape", [CIFAR, (1, 8, 8), (1, 28, 28), (4, 4, 4), (3, 33, 50)], ids=str)
 def test_cifar_output_shape(plugin, shape):
-    assert plugin.build(7, shape)(torch.rand(3, *shape)).shape == (3, 7)
+    assert plugin.build(spec(7, shape))(torch.rand(3, *shape)).shape == (3, 7)
 
 
 @table(TIMM)
 def test_timm_output_shape(plugin, shape):
-    net = plugin.build(7, shape)
+    net = plugin.build(spec(7, shape))
     assert net.training
     assert net(torch.rand(3, *shape)).shape == (3, 7)
 
 
 @table(NETS)
 def test_channels_last_gives_the_same_logits(plugin, shape):
-    net = plugin.build(10, shape).double()
+    net = plugin.build(spec(10, shape)).double()
     images = torch.rand(4, *shape, dtype=torch.float64)
     expected = net(images)
     net = net.to(memory_format=torch.channels_last)
@@ -290,7 +299,7 @@ def test_channels_last_gives_the_same_logits(plugin, shape):
 
 @table(NETS)
 def test_compiles_into_one_graph(plugin, shape):
-    net = plugin.build(10, shape).double()
+    net = plugin.build(spec(10, shape)).double()
     images = torch.rand(4, *shape, dtype=torch.float64)
     whole = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(whole(images), net(images), rtol=1e-9, atol=1e-10)
@@ -298,7 +307,7 @@ def test_compiles_into_one_graph(plugin, shape):
 
 @table(NETS | {"vit_tiny": TIMM["vit_tiny"]})
 def test_gradient_reaches_every_parameter(plugin, shape):
-    net = plugin.build(10, shape)
+    net = plugin.build(spec(10, shape))
     F.cross_entropy(net(torch.rand(8, *shape)), torch.arange(8)).backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert [name for name, p in net.named_parameters() if not p.grad.any()] == []
@@ -307,7 +316,7 @@ def test_gradient_reaches_every_parameter(plugin, shape):
 @table(NETS)
 def test_gradient_of_the_image_with_frozen_parameters(plugin, shape):
     """What an attack asks for: eval mode, parameters frozen, the derivative along a direction as by finite differences."""
-    net = plugin.build(10, shape).double().eval().requires_grad_(False)
+    net = plugin.build(spec(10, shape)).double().eval().requires_grad_(False)
     images = torch.rand(2, *shape, dtype=torch.float64, requires_grad=True)
     net(images).square().sum().backward()
     step = 1e-6 * torch.randn_like(images)
@@ -320,7 +329,7 @@ def test_gradient_of_the_image_with_frozen_parameters(plugin, shape):
 
 
 def test_timm_transformer_is_built_for_the_size_of_the_images():
-    net = TimmModel(model="vit_tiny_patch16_224").build(10, (3, 32, 48))
+    net = TimmModel(model="vit_tiny_patch16_224").build(spec(10, (3, 32, 48)))
     assert net.pos_embed.shape[1] == 1 + 2 * 3
 
 
@@ -334,16 +343,18 @@ def test_timm_is_asked_for_weights_only_if_wanted(pretrained, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", spy)
     plugin = TimmModel(model="resnet18", pretrained=pretrained, kwargs={"drop_rate": 0.25})
-    assert plugin.build(5, (1, 32, 32)).drop_rate == 0.25
+    assert plugin.build(spec(5, (1, 32, 32))).drop_rate == 0.25
     assert asked == [("resnet18", pretrained, {"num_classes": 5, "in_chans": 1, "drop_rate": 0.25})]
+    plugin.build(spec(5, (1, 32, 32)), weights=False)
+    assert asked[1:] == [("resnet18", False, {"num_classes": 5, "in_chans": 1, "drop_rate": 0.25})]
 
 
 def test_timm_name_with_a_tag():
-    assert TimmModel(model="resnet18.a1_in1k").build(3, CIFAR).num_classes == 3
+    assert TimmModel(model="resnet18.a1_in1k").build(spec(3, CIFAR)).num_classes == 3
 
 
 def test_timm_trial_leaves_the_batch_statistics_alone():
-    state = TimmModel(model="resnet18").build(10, CIFAR).state_dict()
+    state = TimmModel(model="resnet18").build(spec(10, CIFAR)).state_dict()
     assert state["bn1.num_batches_tracked"] == 0
     assert torch.all(state["bn1.running_mean"] == 0)
 
@@ -371,7 +382,7 @@ def test_kwargs_keep_their_types():
 )
 def test_timm_refusal(fields, shape, message):
     with pytest.raises(InputError, match=message):
-        TimmModel(**fields).build(10, shape)
+        TimmModel(**fields).build(spec(10, shape))
 
 
 # --- wrong input -------------------------------------------------------------------------------------------------------------
@@ -388,7 +399,7 @@ def test_timm_refusal(fields, shape, message):
 )
 def test_too_small_images(plugin, shape, message):
     with pytest.raises(InputError, match=message):
-        plugin.build(10, shape)
+        plugin.build(spec(10, shape))
 
 
 @pytest.mark.parametrize(

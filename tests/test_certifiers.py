@@ -24,11 +24,6 @@ RADII = tuple(0.25 * i for i in range(6))
 GRID = tuple(NOISE.probability(radius) for radius in RADII)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("RSCLI_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "boundaries"))
-
-
 def counts(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
@@ -71,9 +66,9 @@ ADVERSARIES = {
 CERTIFIERS = {
     "cohen-early": Cohen(n0=20, n=500, alpha=0.01, early_abstain=True),
     "sequential": Sequential(n0=20, n=500, alpha=0.01, first_look=20),
-    "sequential-greedy": Sequential(n0=20, n=500, alpha=0.01, first_look=5, growth=1.5, early=1.0, give_up=1e-6),
+    "sequential-greedy": Sequential(n0=20, n=500, alpha=0.01, first_look=5, growth=1.5, early=1.0, futility=1e-6),
     "two-sided": TwoSided(n0=20, n=500, alpha=0.01),
-    "two-stage": TwoStage(n0=50, n=500, alpha=0.01, loss=0.3),
+    "two-stage": TwoStage(n0=50, n=500, alpha=0.01, radius_tolerance=0.3),
 }
 
 
@@ -157,7 +152,7 @@ def test_sequential_keeps_what_an_earlier_look_certified():
     assert certifier.decide(counts(42, 8), 50, plan) is None  # certified at 1/2 (41 suffice), open at .8
     assert certifier.decide(counts(42, 18), 60, plan) is None  # fewer than the 47 of this look
     decision = certifier.decide(counts(42, 45), 87, plan)  # hopeless at .8 by now, and would be open at 1/2
-    assert decision == Decision(0, 0.5, 0.5, "gave-up")
+    assert decision == Decision(0, 0.5, 0.5, "gave-up", threshold=0)
     assert NOISE.radius(decision.p_a, decision.p_b) == 0.0
 
 
@@ -274,7 +269,7 @@ def test_two_sided_saturates_like_certify():
 
 @pytest.mark.parametrize("hits", [600, 800, 950, 999, 1000])
 def test_two_stage_meets_the_wanted_loss_at_the_pilot_s_estimate(hits):
-    certifier = TwoStage(loss=0.1)
+    certifier = TwoStage(radius_tolerance=0.1)
     (n,) = certifier.plan(counts(hits, 1000 - hits), Question(classes=2)).looks
 
     def radius(size: int) -> float:
@@ -288,7 +283,9 @@ def test_two_stage_meets_the_wanted_loss_at_the_pilot_s_estimate(hits):
 
 
 def test_two_stage_takes_more_for_less_loss_and_never_more_than_n():
-    sizes = [TwoStage(loss=loss).plan(counts(900, 100), Question(classes=2)).looks[0] for loss in (0.5, 0.1, 0.01, 1e-6)]
+    sizes = [
+        TwoStage(radius_tolerance=loss).plan(counts(900, 100), Question(classes=2)).looks[0] for loss in (0.5, 0.1, 0.01, 1e-6)
+    ]
     assert sizes == sorted(sizes)
     assert sizes[0] < 500
     assert sizes[-1] == 100_000
@@ -306,7 +303,7 @@ def test_two_stage_abstains_on_a_hopeless_pilot_without_fresh_samples():
 
 
 def test_two_stage_certifies_from_fresh_samples_only():
-    certifier = TwoStage(loss=0.3)
+    certifier = TwoStage(radius_tolerance=0.3)
     plan = certifier.plan(counts(900, 100), Question(classes=2))
     n = plan.looks[0]
     decision = certifier.decide(counts(n * 8 // 10, n - n * 8 // 10), n, plan)
@@ -321,11 +318,11 @@ def test_two_stage_certifies_from_fresh_samples_only():
     ("certifier", "fields"),
     [
         (Sequential, {"early": 1.5}),
-        (Sequential, {"give_up": 0}),
+        (Sequential, {"futility": 0}),
         (Sequential, {"first_look": 0}),
         (Sequential, {"growth": 1.0}),
-        (TwoSided, {"share": 1.0}),
-        (TwoStage, {"loss": 0.0}),
+        (TwoSided, {"alpha_split": 1.0}),
+        (TwoStage, {"radius_tolerance": 0.0}),
         (Cohen, {"early_abstian": True}),
     ],
 )

@@ -19,7 +19,9 @@ from rscli.api import ABSTAIN
 from rscli.config.layers import resolve
 from rscli.data.splits import Split, open_split
 from rscli.errors import ConfigError, InputError, Stopped
-from rscli.models.modelfile import Model, load_model
+from rscli.models.modelfile import load_model
+from rscli.models.smoothed import Smoothed
+from rscli.registry import installed
 from rscli.results.protocol import protocol_path
 from rscli.results.rows import Row, parse_row
 from rscli.results.writer import ResultWriter
@@ -121,9 +123,9 @@ class Listening(Silent):
 
 
 @cache
-def opened(model: Path) -> tuple[Model, Split]:
+def opened(model: Path) -> tuple[Smoothed, Split]:
     loaded = load_model(model)
-    return loaded, open_split(loaded.dataset(), loaded.card.spec, "test", Path())
+    return loaded, open_split(installed().build("datasets", loaded.source.card.data), loaded.source.card.spec, "test", Path())
 
 
 def recount(model: Path, index: int, seed: int = 0) -> dict[str, float]:
@@ -136,7 +138,7 @@ def recount(model: Path, index: int, seed: int = 0) -> dict[str, float]:
         for block in blocks
     ]
     with torch.inference_mode():
-        votes = loaded.classifier(image + SIGMA * torch.cat(noise)[: N0 + N]).argmax(-1).numpy()
+        votes = loaded.network(image + SIGMA * torch.cat(noise)[: N0 + N]).argmax(-1).numpy()
     top = int(np.bincount(votes[:N0], minlength=10).argmax())
     counts = np.bincount(votes[N0:], minlength=10)
     bound = float(beta.ppf(ALPHA, counts[top], N - counts[top] + 1)) if counts[top] else 0.0
@@ -175,7 +177,7 @@ def test_a_row_of_another_seed_is_the_recount_of_that_seed(model, tmp_path):
     certify(options(model, out, start=81, max=1, sampling=SamplingOptions(device="cpu", seed=7)), Silent())
     (row,) = [parse_row(line) for line in out.read_text().splitlines()[1:]]
     assert (row.count, row.runner_up) == (recount(model, 81, 7)["count"], recount(model, 81, 7)["runner_up"])
-    assert recount(model, 81, 7)["count"] != recount(model, 81, 0)["count"]
+    assert any(recount(model, index, 7) != recount(model, index, 0) for index in range(81, 86))  # one may agree by chance
 
 
 def test_an_abstention_has_radius_zero_and_is_not_correct(whole):
@@ -242,7 +244,7 @@ def test_the_command_says_which_figures_are_bounds(monkeypatch, at_radius, lower
     from rscli.cli.certify import certify as body
 
     tally = Tally(Path("r.tsv"), 3, 1, 2 / 3, at_radius, 2 / 3, lower_bound, 1234, 2.0)
-    monkeypatch.setattr("rscli.smoothing.certify.certify", lambda options, progress: tally)
+    monkeypatch.setattr("rscli.smoothing.certify.certify", lambda options, progress, *rest: tally)
     app = typer.Typer()
     app.command()(body)
     answer = CliRunner().invoke(app, ["m.safetensors", "--json"])
@@ -433,7 +435,7 @@ def test_the_protocol_records_what_the_rows_rest_on(model, whole):
     import hashlib
 
     protocol = json.loads(protocol_path(whole).read_text())
-    known = {"format": 1, "dataset": "digits", "split": "test", "sigma": SIGMA, "n0": N0, "n": N, "alpha": ALPHA, "seed": 0}
+    known = {"format": 2, "dataset": "digits", "split": "test", "sigma": SIGMA, "n0": N0, "n": N, "alpha": ALPHA, "seed": 0}
     assert {key: protocol[key] for key in known} == known
     assert protocol["model_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     assert protocol["certifier"]["name"] == "cohen"
@@ -517,7 +519,7 @@ def test_wrong_data_are_said_in_the_words_of_a_configuration(model, tmp_path, da
 def test_too_few_samples_to_certify_anything_are_refused():
     from rscli.smoothing.certify import build_certifier
 
-    with pytest.raises(InputError, match="--n is 9") as error:
+    with pytest.raises(InputError, match="n is 9") as error:
         build_certifier({"name": "cohen", "n": 9, "alpha": 0.001})
     assert "--n 10" in str(error.value)
     assert build_certifier({"name": "cohen", "n": 10, "alpha": 0.001}).n == 10

@@ -232,7 +232,7 @@ def test_train_and_certify_answer_with_json_alone():
         (["doctor"], {"versions", "devices", "plugins"}),
         (
             ["train", "--preset", "digits-cons-0.25", "--dry-run"],
-            {"config", "sources", "parameters", "images", "steps_an_epoch", "chunks", "files"},
+            {"config", "sources", "parameters", "images", "steps_per_epoch", "chunks", "files"},
         ),
     ],
     ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
@@ -268,7 +268,12 @@ def test_a_plugin_is_shown_with_type_default_bounds_and_meaning():
     assert {"m", "lbd", "eta", "form"} <= {field["name"] for field in fields}
     assert all(field["description"] for field in fields)
     sigma = json.loads(done(rscli("plugins", "info", "noises", "gaussian", "--json")).stdout)["fields"][0]
-    assert (sigma["name"], sigma["default"], sigma["bounds"], sigma["unit"]) == ("sigma", "required", "> 0", "[0, 1] pixels")
+    assert (sigma["name"], sigma["default"], sigma["bounds"], sigma["unit"]) == (
+        "sigma",
+        "required",
+        "> 0 and <= 1000",
+        "[0, 1] pixels",
+    )
 
 
 def test_a_preset_is_shown_as_its_file_with_what_it_is_to_reproduce():

@@ -52,7 +52,7 @@ def test_unanimous_samples_are_saturated_and_give_the_largest_radius():
 
 
 def test_the_least_certified_count_of_a_hundred_thousand():
-    plan = Plan(0, (100_000,))  # certification.md: the fixed test at 1/2 needs 50,490
+    plan = Plan(0, (100_000,))  # docs/certification.md: the fixed test at 1/2 needs 50,490
     assert Cohen().decide(counts(50_489, 49_511), 100_000, plan).predict == ABSTAIN
     assert Cohen().decide(counts(50_490, 49_510), 100_000, plan).predict == 0
 

@@ -16,10 +16,8 @@ from rscli.config import layers, presets
 from rscli.config.layers import rebuild, resolve
 from rscli.config.problems import nearest
 from rscli.config.schema import (
-    Optimizer,
     PresetHeader,
     PublishedKey,
-    Schedule,
     TrainConfig,
     chunk_count,
     smallest_step,
@@ -28,6 +26,10 @@ from rscli.config.schema import (
 from rscli.config.settings import flatten, nest, parse_sets
 from rscli.errors import ConfigError, InputError
 from rscli.registry import Entry, Registry
+from rscli_core.callbacks.checkpoint import Checkpoint
+from rscli_core.loggers.jsonl import JsonLines
+from rscli_core.optimizers.sgd import Sgd
+from rscli_core.schedules.step import Step
 
 
 class Digits(api.Dataset):
@@ -85,6 +87,10 @@ PLUGINS = [
     ("losses", "consistency", Consistency),
     ("losses", "stability", Stability),
     ("attacks", "pgd", Pgd),
+    ("optimizers", "sgd", Sgd),
+    ("schedules", "step", Step),
+    ("loggers", "jsonl", JsonLines),
+    ("callbacks", "checkpoint", Checkpoint),
 ]
 
 BASE = """
@@ -107,7 +113,7 @@ epsilon = 2.0
 [optimizer]
 lr = 0.01
 [schedule]
-drops = [10, 20]
+milestones = [10, 20]
 """
 
 
@@ -119,10 +125,11 @@ def _fake_plugins(monkeypatch, tmp_path):
     (package / "row.toml").write_text(BASE, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     (package / "__init__.py").write_text("raise RuntimeError('a package of presets is never imported')", encoding="utf-8")
-    entries = [Entry(kind, name, "fake", "1.0", f"{__name__}:{plugin.__name__}") for kind, name, plugin in PLUGINS]
+    entries = [Entry(kind, name, "fake", "1.0", f"{plugin.__module__}:{plugin.__name__}") for kind, name, plugin in PLUGINS]
     entries.append(Entry("presets", "fake", "fake", "1.0", "fake_presets"))
     entries.append(Entry("losses", "broken", "bad-package", "0.3", "no_such_module_at_all:Loss"))
-    fake = Registry(entries)
+    usual = {"noises": "gaussian", "optimizers": "sgd", "schedules": "step", "loggers": "jsonl", "callbacks": "checkpoint"}
+    fake = Registry(entries, usual)
     monkeypatch.setattr(registry, "installed", lambda: fake)
 
 
@@ -140,10 +147,10 @@ def test_every_layer_overrides_the_one_below_and_is_remembered(tmp_path):
     file.write_text("epochs = 4\nbatch = 64\nseed = 1\n[optimizer]\nmomentum = 0.5\n", encoding="utf-8")
     found = resolve("row", file, ["batch=32", "seed=2"], {"seed": 3, "epochs": None})
     config, sources = found.config, found.sources
-    assert (config.optimizer.weight_decay, sources["optimizer.weight_decay"]) == (1e-4, "default")
-    assert (config.optimizer.lr, sources["optimizer.lr"]) == (0.01, "preset row")
+    assert (config.optimizer["weight_decay"], sources["optimizer.weight_decay"]) == (1e-4, "default")
+    assert (config.optimizer["lr"], sources["optimizer.lr"]) == (0.01, "preset row")
     assert (config.epochs, sources["epochs"]) == (4, str(file))
-    assert (config.optimizer.momentum, sources["optimizer.momentum"]) == (0.5, str(file))
+    assert (config.optimizer["momentum"], sources["optimizer.momentum"]) == (0.5, str(file))
     assert (config.batch, sources["batch"]) == (32, "--set")
     assert (config.seed, sources["seed"]) == (3, "--seed")
     assert (config.loss["eta"], sources["loss.eta"]) == (0.5, "default")
@@ -171,6 +178,10 @@ def test_plugins_are_built_and_their_package_is_recorded():
         ("noises", "gaussian", "fake", "1.0"),
         ("losses", "consistency", "fake", "1.0"),
         ("attacks", "pgd", "fake", "1.0"),
+        ("optimizers", "sgd", "fake", "1.0"),
+        ("schedules", "step", "fake", "1.0"),
+        ("loggers", "jsonl", "fake", "1.0"),
+        ("callbacks", "checkpoint", "fake", "1.0"),
     ]
 
 
@@ -237,7 +248,7 @@ def test_a_table_is_merged_key_by_key(tmp_path):
         ('loss.name="stability"', ("loss", "name"), "stability"),
         ("arch.name=timm/resnet18", ("arch", "name"), "timm/resnet18"),
         ("arch.kwargs.drop_rate=0.1", ("arch", "kwargs", "drop_rate"), 0.1),
-        ("schedule.drops=[31, 61]", ("schedule", "drops"), [31, 61]),
+        ("schedule.milestones=[31, 61]", ("schedule", "milestones"), [31, 61]),
         ("chunk=false", ("chunk",), False),
         ("chunk=none", ("chunk",), None),
         ("data.folder=a=b", ("data", "folder"), "a=b"),
@@ -249,6 +260,35 @@ def test_set_reads_toml_and_falls_back_to_text(text, key, value):
     settings, malformed = parse_sets([text])
     assert not malformed
     assert {k: s.value for k, s in settings.items()} == {key: value}
+
+
+SAID = {
+    "text-that-is-a-date": ("data.folder=2024-01-05", "2024-01-05"),
+    "text-that-is-a-number": ("data.folder=7", "7"),
+    "text-that-is-a-truth": ("data.folder=true", "true"),
+    "text-that-is-a-table": ("data.folder={a=1}", "{a=1}"),
+    "text-that-is-nothing": ("data.folder=none", "none"),
+    "text-in-quotes": ('data.folder="a b"', "a b"),
+    "truth": ("optimizer.nesterov=True", True),
+    "truth-in-words": ("optimizer.nesterov=yes", True),
+    "number": ("optimizer.lr=.01", 0.01),
+    "power": ("batch=1e3", 1000),
+    "underscore": ("batch=1_000", 1000),
+    "nothing": ("chunk=null", None),
+    "list": ("schedule.milestones=31,61", [31, 61]),
+}
+
+
+@pytest.mark.parametrize(("text", "value"), SAID.values(), ids=SAID)
+def test_a_set_is_read_for_its_field(text, value):
+    section, _, field = text.partition("=")[0].rpartition(".")
+    record = resolve("row", sets=[text]).as_dict()
+    assert (record[section] if section else record)[field] == value
+
+
+def test_a_set_is_read_for_the_plugin_that_another_set_names():
+    for sets in (["arch.model=7", "arch.name=zoo"], ["arch.name=zoo", "arch.model=7"]):
+        assert resolve("row", sets=sets).config.arch["model"] == "7"
 
 
 def test_the_last_set_of_a_key_wins():
@@ -270,7 +310,7 @@ def test_nest_undoes_flatten():
         ["attack=none", "chunk=false"],
         ["arch.name=zoo/tiny", "arch.kwargs.drop_rate=0.1"],
         ["arch.name=zoo", "arch.model=tiny"],
-        ["loss.name=stability", "schedule.drops=[]", "data.folder=some/where"],
+        ["loss.name=stability", "schedule.milestones=[]", "data.folder=some/where"],
     ],
     ids=["preset", "no-attack", "variant", "variant-as-field", "other-loss"],
 )
@@ -317,24 +357,27 @@ WRONG = {
         ["optimizer.momentum=0", "optimizer.nesterov=true"],
         "optimizer.nesterov = true (--set): needs optimizer.momentum > 0",
     ),
-    "drops-order": (
-        ["schedule.drops=[20, 10]"],
-        "schedule.drops = [20, 10] (--set): must be increasing numbers of epochs, the first at least 1",
+    "milestones-order": (
+        ["schedule.milestones=[20, 10]"],
+        "schedule.milestones = [20, 10] (--set): must be increasing numbers of epochs, the first at least 1",
     ),
-    "drops-zero": (
-        ["schedule.drops=[0]"],
-        "schedule.drops = [0] (--set): must be increasing numbers of epochs, the first at least 1",
+    "milestones-zero": (
+        ["schedule.milestones=[0]"],
+        "schedule.milestones = [0] (--set): must be increasing numbers of epochs, the first at least 1",
     ),
-    "drops-fraction": (["schedule.drops=[1.5]"], "schedule.drops = [1.5] (--set): must be a valid integer"),
-    "factor": (["schedule.factor=2"], "schedule.factor = 2 (--set): must be less than or equal to 1"),
+    "milestones-fraction": (
+        ["schedule.milestones=[1.5]"],
+        "schedule.milestones = [1.5] (--set): must be a valid integer, got a number with a fractional part",
+    ),
+    "gamma": (["schedule.gamma=2"], "schedule.gamma = 2 (--set): must be less than or equal to 1"),
     "plugin-field": (["noise.sigma=-1"], "noise.sigma = -1 (--set): must be greater than 0"),
     "choice": (["loss.form=l1"], "loss.form = \"l1\" (--set): must be 'default', 'xent' or 'mse'"),
     "whole-plugin": (["loss.form=mse", "loss.m=1"], "loss: the form mse needs m >= 2"),
     "nan": (["optimizer.lr=nan"], "optimizer.lr = NaN (--set): must be a finite number"),
     "infinite-plugin-field": (["noise.sigma=inf"], "noise.sigma = Infinity (--set): must be a finite number"),
     "nan-in-list": (
-        ["schedule.drops=[nan]"],
-        "schedule.drops = [NaN] (--set): must be a finite number",
+        ["schedule.milestones=[nan]"],
+        "schedule.milestones = [NaN] (--set): must be a finite number",
     ),
     "nan-in-table": (
         ["arch.name=zoo/tiny", "arch.kwargs.rate=nan"],
@@ -346,13 +389,16 @@ WRONG = {
     "unknown-top": (["epoch=3"], "epoch = 3 (--set): unknown key; did you mean epochs?"),
     "unknown-table": (["optimiser.lr=1"], "optimiser.lr = 1 (--set): unknown key; did you mean optimizer.lr?"),
     "unknown-name": (["arch.nmae=x"], 'arch.nmae = "x" (--set): unknown key; did you mean arch.name?'),
-    "unknown-nothing-near": (["zzz=1"], "zzz = 1 (--set): unknown key; the keys here are batch, chunk, epochs, seed"),
+    "unknown-nothing-near": (
+        ["zzz=1"],
+        "zzz = 1 (--set): unknown key; the keys here are batch, callbacks, chunk, epochs, loggers, seed",
+    ),
     "unknown-nothing-near-in-section": (
         ["attack.zzz=1"],
         "attack.zzz = 1 (--set): unknown key; the keys here are attack.epsilon, attack.name, attack.steps",
     ),
     "header-outside-a-file": (["preset.title=x"], None),
-    "value-for-section": (["optimizer=3"], "optimizer = 3 (--set): is a section with keys of its own, not a value"),
+    "value-for-section": (["optimizer=3"], "optimizer = 3 (--set): is a section; write optimizer.name=NAME"),
     "value-for-plugin": (["loss=stability"], 'loss = "stability" (--set): is a section; write loss.name=NAME'),
     "no-equals": (["epochs"], "--set 'epochs': must read key=value, such as --set loss.lbd=5"),
     "empty-key": (["loss.=3"], "--set 'loss.=3': must read key=value, such as --set loss.lbd=5"),
@@ -405,11 +451,11 @@ def test_the_layer_of_a_wrong_value_is_its_file(tmp_path):
 
 def test_everything_that_is_missing_is_listed_with_what_to_write():
     assert problems(preset=None) == [
-        "optimizer.lr: is missing (learning rate before its first drop); write --set optimizer.lr=VALUE",
         "data.name: must name a plugin; write --set data.name=NAME, one of: digits",
         "arch.name: must name a plugin; write --set arch.name=NAME, one of: small, zoo",
         "noise.sigma: is missing (standard deviation of the noise); write --set noise.sigma=VALUE",
         "loss.name: must name a plugin; write --set loss.name=NAME, one of: broken, consistency, stability",
+        "optimizer.lr: is missing (learning rate before the schedule changes it); write --set optimizer.lr=VALUE",
     ]
 
 
@@ -426,6 +472,12 @@ def test_the_error_counts_its_problems():
     with pytest.raises(ConfigError, match=r"has 2 problems:\n  .*\n  ") as caught:
         resolve("row", sets=["epochs=0", "batch=0"])
     assert caught.value.exit_code == 2
+
+
+def test_of_thousands_of_problems_the_first_are_told():
+    with pytest.raises(ConfigError, match=r"has 500 problems:(\n  .*){25}\n  and 475 more$") as caught:
+        resolve("row", sets=[f"a{number}.b=1" for number in range(500)])
+    assert len(caught.value.problems) == 500
 
 
 BROKEN = {
@@ -474,7 +526,7 @@ def test_a_record_that_no_longer_fits_says_so():
         ("lr", "optimizer.lr"),
         ("loss.lambd", "loss.lbd"),
         ("attack.epsilonn", "attack.epsilon"),
-        ("schedule.drop", "schedule.drops"),
+        ("schedule.milestone", "schedule.milestones"),
         ("loss.nmae", "loss.name"),
         ("arch.nmae", "arch.name"),
         ("xyzzy", None),
@@ -482,10 +534,10 @@ def test_a_record_that_no_longer_fits_says_so():
 )
 def test_nearest_key(key, expected):
     known = ["epochs", "batch", "noise.sigma", "noise.name", "optimizer.lr", "loss.lbd", "loss.name", "arch.name"]
-    assert nearest(key, [*known, "attack.epsilon", "schedule.drops"]) == expected
+    assert nearest(key, [*known, "attack.epsilon", "schedule.milestones"]) == expected
 
 
-# --- steps an epoch ---------------------------------------------------------------------------------------------------------
+# --- steps per epoch ---------------------------------------------------------------------------------------------------------
 
 
 def test_steps_are_those_of_torch_chunk():
@@ -515,7 +567,7 @@ def test_chunks_never_outnumber_the_images():
 # --- the schema -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [TrainConfig, Optimizer, Schedule, PresetHeader, PublishedKey], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [TrainConfig, Sgd, Step, PresetHeader, PublishedKey], ids=lambda m: m.__name__)
 def test_every_field_has_a_one_line_description(model):
     for name, field in model.model_fields.items():
         assert field.description, name
@@ -523,7 +575,7 @@ def test_every_field_has_a_one_line_description(model):
 
 
 def test_numbers_have_units():
-    for model in (TrainConfig, Optimizer, Schedule):
+    for model in (TrainConfig, Sgd, Step):
         for name, field in model.model_fields.items():
             if field.annotation in (int, float) and name != "seed":
                 assert (field.json_schema_extra or {}).get("unit"), name

@@ -17,9 +17,9 @@ from scipy.stats import binom, norm
 
 from rscli.api import ABSTAIN, Certifier, Plan, Question
 from rscli.registry import installed
-from rscli.sampling.requests import CertifierInquiry
+from rscli.results.radius import certified_radius
+from rscli.sampling.requests import CertifierRequest
 from rscli.sampling.sampler import Sampler
-from rscli.smoothing.radii import certified_radius
 from rscli.stats.sequential import look_schedule
 from rscli_core.certifiers.cohen import fixed_n_decision
 
@@ -61,16 +61,16 @@ def certify(certifier: Certifier, p: tuple[float, ...], label: int | None) -> Se
     """All images through the engine; the seed is fixed, so that the outcome is, too."""
     image = torch.zeros(1, 1, 1)
     question = Question(len(p), THRESHOLDS if certifier.grid else (), label)
-    inquiries = (CertifierInquiry(certifier, question, key, lambda: image) for key in range(IMAGES))
+    requests = (CertifierRequest(certifier, question, key, lambda: image) for key in range(IMAGES))
     sampler = Sampler(classifier(p), GAUSSIAN, len(p), seed=1, batch=4096, device=torch.device("cpu"))
     certified = wrong = 0
-    for inquiry in sampler.run(inquiries):
-        decision = inquiry.decision
+    for request in sampler.run(requests):
+        decision = request.decision
         if decision.predict == ABSTAIN:
             continue
         certified += 1
         own, other = p[decision.predict], max(p[: decision.predict] + p[decision.predict + 1 :])
-        claim = certified_radius(decision, GAUSSIAN, dict(zip(THRESHOLDS, RADII, strict=True)) if certifier.grid else None)
+        claim = certified_radius(decision, GAUSSIAN, RADII if certifier.grid else ())
         too_far = claim > GAUSSIAN.radius(own, other) + 1e-12 or own <= other
         wrong += own <= decision.p_a or other > decision.p_b or too_far
     return Seen(certified / IMAGES, wrong)

@@ -13,11 +13,12 @@ from scipy.stats import norm
 from torch import nn
 from torch.nn import functional
 
-from rscli.api import TrainStep
+from rscli.api import Position, TrainStep
 from rscli_core.losses.consistency import Consistency
 from rscli_core.losses.gaussian import GaussianLoss
 from rscli_core.losses.macer import Macer
 from rscli_core.losses.stability import Stability
+from rscli_core.noises.gaussian import Gaussian
 
 CLASSES = 4
 LABELS = torch.tensor([2, 0, 3])
@@ -46,7 +47,7 @@ def cross(p: list[float], q: list[float]) -> float:
 
 
 def by_hand(logits: torch.Tensor) -> dict[str, float]:
-    """Every quantity of the consistency objectives without weights, averaged as methods.md says."""
+    """Every quantity of the consistency objectives without weights, averaged as docs/methods.md says."""
     m, batch, _ = logits.shape
     sums = dict.fromkeys(("ce", "kl", "entropy", "xent", "mse"), 0.0)
     for b in range(batch):
@@ -215,7 +216,7 @@ def test_float32_agrees_with_float64_at_a_gap_of_1000() -> None:
 # --- stability and MACER: a step with a linear network, so that noisy and clean logits differ -------------------------------
 
 
-def a_step(m: int, *, drops: int = 0, sigma: float = 0.5, scale: float = 1.0) -> TrainStep:
+def a_step(m: int, *, sigma: float = 0.5, scale: float = 1.0) -> TrainStep:
     """Three images of 1 x 2 x 3 pixels through a linear network with weights of size `scale`, all in float64."""
     random = torch.Generator().manual_seed(3)
     network = nn.Sequential(nn.Flatten(), nn.Linear(6, CLASSES, dtype=torch.float64))
@@ -224,12 +225,13 @@ def a_step(m: int, *, drops: int = 0, sigma: float = 0.5, scale: float = 1.0) ->
             parameter.copy_(scale * torch.randn(parameter.shape, generator=random, dtype=torch.float64))
     images = torch.rand((3, 1, 2, 3), generator=random, dtype=torch.float64)
     noise = sigma * torch.randn((m, *images.shape), generator=random, dtype=torch.float64)
-    return TrainStep(network, images, LABELS, noise, sigma, 0, drops, random)
+    return TrainStep(network, images, images, LABELS, torch.arange(3), noise, Gaussian(sigma=sigma), random)
 
 
-def given(logits: torch.Tensor, labels: torch.Tensor, *, drops: int = 1, sigma: float = 0.5) -> TrainStep:
+def given(logits: torch.Tensor, labels: torch.Tensor, *, lr_factor: float = 0.1, sigma: float = 0.5) -> TrainStep:
     """A step whose noisy logits (m, batch, classes) are `logits`; its network must not be needed."""
-    step = TrainStep(nn.Identity(), torch.empty(0), labels, torch.empty(0), sigma, 0, drops, torch.Generator())
+    none, smoothing, position = torch.empty(0), Gaussian(sigma=sigma), Position(lr_factor=lr_factor)
+    step = TrainStep(nn.Identity(), none, none, labels, none, none, smoothing, torch.Generator(), position)
     step.__dict__["noisy_logits"] = logits
     return step
 
@@ -356,11 +358,11 @@ def test_masking_after_the_quantile_would_be_nan_at_saturation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("deferred", "drops", "counts"), [(False, 0, True), (True, 0, False), (True, 1, True), (True, 2, True)]
+    ("deferred", "lr_factor", "counts"), [(False, 1, True), (True, 1, False), (True, 0.1, True), (True, 0.01, True)]
 )
-def test_deferred_macer_waits_for_the_first_drop(deferred: bool, drops: int, counts: bool) -> None:
+def test_deferred_macer_waits_for_the_first_drop(deferred: bool, lr_factor: float, counts: bool) -> None:
     logits = some_logits(4, scale=0.5)
-    step = given(logits, logits.mean(0).argmax(-1), drops=drops)
+    step = given(logits, logits.mean(0).argmax(-1), lr_factor=lr_factor)
     assert (values(Macer(lbd=6.0, beta=1.0, deferred=deferred).step(step))["robustness"] > 0) is counts
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from rscli.config.layers import resolve
 from rscli.errors import PluginError, RscliError
 from rscli.models import modelfile
-from rscli.models.modelfile import ModelCard, load_model, save_model
+from rscli.models.card import ModelCard
+from rscli.models.modelfile import load_model, save_model
 from rscli.models.network import Classifier
 from rscli.training.train import initial_classifier, model_card
 
@@ -25,7 +26,7 @@ def made(*sets: str) -> tuple[Classifier, ModelCard]:
     resolved = resolve(sets=[*SETS, "optimizer.lr=0.1", "seed=3", *sets])
     spec = resolved.dataset.spec(Path())
     spec = spec.model_copy(update={"mean": (0.25,), "std": (0.5,)})
-    return initial_classifier(resolved, spec), model_card(resolved, spec)
+    return initial_classifier(resolved, spec), model_card(resolved, spec, {})
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +69,18 @@ def with_card(path: Path, target: Path, change) -> Path:
 def test_a_model_reads_back_as_it_was(written):
     classifier, card = made()
     loaded = load_model(written)
-    assert loaded.card.model_copy(update={"sha256": ""}) == card
+    assert loaded.source.card.model_copy(update={"sha256": ""}) == card
     for name, tensor in classifier.state_dict().items():
-        assert torch.equal(loaded.classifier.state_dict()[name], tensor), name
+        assert torch.equal(loaded.network.state_dict()[name], tensor), name
     images = torch.rand(5, 1, 28, 28)
     with torch.inference_mode():
-        assert torch.equal(loaded.classifier(images), classifier.eval()(images))
-    assert not loaded.classifier.training
+        assert torch.equal(loaded.network(images), classifier.eval()(images))
+    assert not loaded.network.training
     assert loaded.noise.sigma == 0.25
 
 
 def test_the_normalisation_of_the_card_is_in_front_of_the_network(written):
-    classifier = load_model(written).classifier
+    classifier = load_model(written).network
     images = torch.rand(2, 1, 28, 28)
     with torch.inference_mode():
         assert torch.equal(classifier(images), classifier.network((images - 0.25) / 0.5))
@@ -90,7 +91,7 @@ def test_the_same_content_gives_the_same_bytes(written, tmp_path):
         save_model(tmp_path / name, *made())
         assert (tmp_path / name).read_bytes() == written.read_bytes()
     again = load_model(written)
-    save_model(tmp_path / "c", again.classifier, again.card)
+    save_model(tmp_path / "c", again.network, again.source.card)
     assert (tmp_path / "c").read_bytes() == written.read_bytes()
 
 
@@ -100,22 +101,39 @@ def test_other_content_gives_other_bytes(written, tmp_path):
 
 
 def test_the_fields_of_the_card_are_those_that_files_on_disk_have(written):
-    """Format 1, frozen: another set of fields is another format, and old files must still be read."""
-    fields = "format rscli arch noise data spec plugins config epochs origin sha256"
+    """Format 2, frozen: another set of fields is another format, and old files must still be read."""
+    fields = "format rscli arch noise data spec plugins config epochs origin preset overrides loss_state sha256"
     card = json.loads(header(written)["__metadata__"]["rscli"])
     assert set(card) == set(ModelCard.model_fields) == set(fields.split())
     assert set(card["spec"]) == {"class_names", "shape", "mean", "std", "test_transform", "augmentation", "sizes"}
     assert header(written)["__metadata__"].keys() == {"rscli"}
-    assert card["format"] == modelfile.FORMAT == 1
+    assert card["format"] == modelfile.FORMAT == 2
+
+
+def test_a_file_of_format_1_is_read(written, tmp_path):
+    """As versions before contract 2 wrote them: no preset, no departures from it, nothing that a loss kept."""
+    card = json.loads(header(written)["__metadata__"]["rscli"])
+    old = {key: value for key, value in card.items() if key not in ("preset", "overrides", "loss_state")} | {"format": 1}
+    network = load_model(written).network.network
+    old["sha256"] = modelfile.content_digest(network.state_dict(), old)
+    with_card(written, tmp_path / "m", lambda card: old)
+    loaded = load_model(tmp_path / "m")
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in loaded.network.network.state_dict().items())
+    assert (loaded.source.card.format, loaded.source.card.preset, loaded.source.card.loss_state) == (1, None, {})
+    assert old["config"] is not None
 
 
 def test_the_card_says_where_every_plugin_came_from(written):
-    card = load_model(written).card
+    card = load_model(written).source.card
     assert {(p["kind"], p["name"]) for p in card.plugins} == {
         ("datasets", "digits"),
         ("architectures", "cifar-resnet"),
         ("noises", "gaussian"),
         ("losses", "gaussian"),
+        ("optimizers", "sgd"),
+        ("schedules", "step"),
+        ("loggers", "jsonl"),
+        ("callbacks", "checkpoint"),
     }
     assert {p["package"] for p in card.plugins} == {"rscli"}
     assert all(p["version"] for p in card.plugins)
@@ -222,8 +240,8 @@ def test_a_description_that_is_no_json_is_refused(written, tmp_path):
 
 
 def test_a_newer_format_asks_for_an_update(written, tmp_path):
-    with_card(written, tmp_path / "m", lambda card: {**card, "format": 2, "something_new": True})
-    answers(tmp_path / "m", "has format 2", "reads up to 1", "Update rscli.")
+    with_card(written, tmp_path / "m", lambda card: {**card, "format": 3, "something_new": True})
+    answers(tmp_path / "m", "has format 3", "reads up to 2", "Update rscli.")
 
 
 def test_a_plugin_that_is_missing_is_named_with_its_package(tmp_path):
@@ -272,6 +290,6 @@ def test_tensors_that_share_memory_are_written(tmp_path):
     first = classifier.network.layer1[0].conv1
     classifier.network.layer1[0].conv2.weight = first.weight
     save_model(tmp_path / "m", classifier, card)
-    loaded = load_model(tmp_path / "m").classifier.network
+    loaded = load_model(tmp_path / "m").network.network
     assert torch.equal(loaded.layer1[0].conv1.weight, loaded.layer1[0].conv2.weight)
     assert torch.equal(loaded.layer1[0].conv1.weight, first.weight)

@@ -229,7 +229,7 @@ class TestInstalledWheel:
             (group.removeprefix("rscli."), name)
             for group, found in POINTS.items()
             for name in found
-            if group != "rscli.presets"
+            if group not in ("rscli.presets", "rscli.defaults")
         }
         assert [row for row in rows if row["package"] == "rscli" and row["error"]] == []
 
@@ -248,3 +248,54 @@ class TestInstalledWheel:
         done = self.script(installed, "presets", "show", "mnist-cons-0.5", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "published ACR" in done.stdout
+
+
+METHODS = {"smoothmix": "rscli-smoothmix", "catrs": "rscli-catrs"}
+
+
+class TestMethodsBesideTheWheel:
+    """SmoothMix and CAT-RS, installed from their folders: all that a distribution of somebody else can do, on the contract."""
+
+    pytestmark = building
+
+    def pip(self, installed: tuple[Path, Path], *arguments: object) -> None:
+        interpreter = shutil.which("python", path=installed[0])
+        how = ["--disable-pip-version-check", "--quiet"]
+        done = python(sys.executable, "-m", "pip", "--python", interpreter, *arguments, *how)
+        assert done.returncode == 0, done.stderr
+
+    def script(self, installed: tuple[Path, Path], *arguments: object, cwd: Path) -> str:
+        done = python(
+            shutil.which("rscli", path=installed[0]), *arguments, cwd=cwd, env={"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def test_they_install_pass_their_tests_train_and_leave_nothing_behind(self, installed, source, tmp_path):
+        folders = [source / "plugins" / name for name in METHODS.values()]
+        self.pip(installed, "install", "--no-deps", "--no-build-isolation", "--no-index", *folders)
+        interpreter = shutil.which("python", path=installed[0])
+        for folder in folders:
+            tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder, folder / "tests"]
+            done = python(interpreter, *tests, cwd=tmp_path, env={"PYTHONPATH": "", "OMP_NUM_THREADS": "1"})
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert " passed" in done.stdout
+
+        names = {row["name"] for row in json.loads(self.script(installed, "presets", "--json", cwd=tmp_path))}
+        assert {
+            f"{data}-{name}-{sigma}" for data in ("mnist", "cifar10") for name in METHODS for sigma in (0.25, 0.5, 1.0)
+        } <= names
+        small = ["--set", "data.name=digits", "--set", "epochs=1", "--set", "batch=512", "-q"]
+        self.script(installed, "train", "--preset", "mnist-gaussian-0.25", *small, "--out", "teacher", cwd=tmp_path)
+        self.script(installed, "train", "--preset", "mnist-smoothmix-0.5", *small, "--out", "smoothmix", cwd=tmp_path)
+        taught = ["--set", "loss.teacher=teacher", "--set", "loss.soft_labels=soft", "--set", "loss.votes=4"]
+        self.script(installed, "train", "--preset", "mnist-catrs-0.5", *small, *taught, "--out", "catrs", cwd=tmp_path)
+        assert (tmp_path / "soft").is_file()
+
+        self.pip(installed, "uninstall", "--yes", *METHODS.values())
+        left = {row["name"] for row in json.loads(self.script(installed, "plugins", "--json", cwd=tmp_path))}
+        assert not left & set(METHODS)
+        assert {"consistency", "gaussian", "cohen"} <= left
+        for name in METHODS:  # what they trained is certified without them
+            self.script(installed, "certify", name, "--n", "100", "--max", "2", "-q", cwd=tmp_path)
+            assert len((tmp_path / name / "results.tsv").read_text().splitlines()) == 3

@@ -54,12 +54,12 @@ from rscli.api import Architecture
 class Linear(Architecture):
     """One linear layer."""
 
-    def build(self, classes, input_shape):
+    def build(self, spec, *, weights=True):
         from math import prod
 
         from torch import nn
 
-        return nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), classes))
+        return nn.Sequential(nn.Flatten(), nn.Linear(prod(spec.shape), len(spec.class_names)))
 '''
 
 MOODY = '''
@@ -167,7 +167,7 @@ def test_a_loss_of_another_package_trains(trained):
 
 
 def test_the_model_file_says_which_package_the_loss_came_from(trained):
-    plugins = load_model(trained / "model.safetensors").card.plugins
+    plugins = load_model(trained / "model.safetensors").source.card.plugins
     assert {"kind": "losses", "name": "brier", "package": "their-brier", "version": "0.3"} in plugins
 
 

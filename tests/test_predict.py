@@ -52,13 +52,13 @@ def noisy(image: Path, count: int) -> torch.Tensor:
 def torn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is torn between two classes for one of the examples: noise moves it to either side of the border."""
     loaded = load_model(model)
-    last = [layer for layer in loaded.classifier.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    last = [layer for layer in loaded.network.modules() if isinstance(layer, torch.nn.Linear)][-1]
     with torch.no_grad():
-        logits = loaded.classifier(noisy(TORN, 999))
+        logits = loaded.network(noisy(TORN, 999))
         last.bias[2] -= (logits[:, 2] - logits[:, 4]).median()
         last.bias[[c for c in range(10) if c not in (2, 4)]] = -1e6
     path = tmp_path_factory.mktemp("torn") / "model.safetensors"
-    save_model(path, loaded.classifier, loaded.card)
+    save_model(path, loaded.network, loaded.source.card)
     return path
 
 
@@ -77,7 +77,7 @@ def answers(*arguments: object, code: int = 0) -> dict[str, dict]:
 def own_votes(model: Path, image: Path, count: int) -> np.ndarray:
     """How often the classifier names each class."""
     with torch.inference_mode():
-        return load_model(model).classifier(noisy(image, count)).argmax(-1).bincount(minlength=10).numpy()
+        return load_model(model).network(noisy(image, count)).argmax(-1).bincount(minlength=10).numpy()
 
 
 def test_the_examples_are_what_their_names_say(model):
@@ -202,7 +202,7 @@ def test_a_vote_that_could_never_decide_is_refused(model, n, alpha, code):
     result = run(model, EXAMPLES / "0-index305.png", "--n", n, "--alpha", alpha)
     assert result.exit_code == code
     if code:
-        assert f"--n is {n}" in result.stderr
+        assert f"n is {n}" in result.stderr
         assert f"at least {n + 1} samples" in result.stderr
         assert result.stdout == ""
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from rscli.api import Position
 from rscli.config.layers import resolve
 from rscli.config.presets import list_presets
-from rscli.data.splits import MemorySplit
-from rscli.training.train import Trainer
+from rscli.data.splits import Batch, MemorySplit
+from rscli.training.trainer import Trainer
 
 NAMES = [preset.name for preset in list_presets() if preset.package == "rscli"]
 
@@ -27,9 +28,10 @@ def test_one_step(name):
     pixels = random.integers(0, 256, (images, *spec.shape), dtype=np.uint8)
     split = MemorySplit(pixels, random.integers(0, len(spec.class_names), images), spec)
     trainer = Trainer(resolved, spec, split, torch.device("cpu"), channels_last=True)
-    trainer.epoch = resolved.config.epochs - 1  # after every drop and warm-up: all terms and the full attack take part
+    trainer.epoch = resolved.config.epochs - 1  # after every milestone and warm-up: all terms and the full attack take part
     before = [p.detach().clone() for p in trainer.classifier.parameters()]
-    trainer._step(torch.from_numpy(pixels).float() / 255, torch.from_numpy(split.labels), 0)
+    batch = Batch(torch.from_numpy(pixels).float() / 255, torch.from_numpy(split.labels), torch.arange(images))
+    trainer._step(batch, 0, Position(trainer.epoch, 0.99, trainer.lr_factor))
     means = trainer.meter.means()
     assert math.isfinite(means["loss"])
     assert means["loss"] == pytest.approx(sum(v for k, v in means.items() if k not in ("loss", "accuracy")), rel=1e-4, abs=1e-4)

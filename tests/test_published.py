@@ -14,12 +14,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rscli.config.layers import resolve
 from rscli.config.presets import list_presets, load_preset, published_for
 from rscli.errors import InputError
 from rscli.report.comparison import Beside
 from rscli.report.groups import grouped
 from rscli.report.published import with_published
-from rscli.report.recipe import Recipe, published_arch, published_method, recipe, setting_differences
+from rscli.report.recipe import Recipe, recipe, setting_differences
 from rscli.report.render import FORMATS, render
 from rscli.report.shelf import SUBSETS, read_shelf, read_subsets, row_images, variance_share
 from rscli.report.summary import compare
@@ -40,7 +41,16 @@ PGD = {"name": "pgd", "epsilon": 255 / 256, "warmup": 10, "steps": 10}
 
 def write(path: Path, rows, *, dataset="mnist", sigma=0.5, arch=LENET, loss=CONSISTENCY, attack=None, info=None, **protocol):
     """A finished result of ours under the published protocol; `rows` are (idx, label, predict, radius)."""
-    about = {"arch": arch, "loss": loss, "attack": attack, "train_seed": 0, **(info or {})}
+    short = {"consistency": "cons"}.get(loss["name"], loss["name"])
+    method = short if attack is None else "smoothadv" if short == "gaussian" else f"smoothadv-{short}"
+    about = {
+        "arch": arch,
+        "loss": loss,
+        "attack": attack,
+        "train_seed": 0,
+        "preset": f"{dataset}-{method}-{sigma}",
+        **(info or {}),
+    }
     whole = {
         "format": 1,
         "model_sha256": str(path),
@@ -90,70 +100,19 @@ def _read_once(monkeypatch, shelf):
 # --- in the words of the tables ---
 
 
-@pytest.mark.parametrize(
-    ("arch", "name"),
-    [
-        (LENET, "lenet"),
-        ({"name": "rscli:lenet"}, "lenet"),
-        (RESNET, "resnet110"),
-        ({"name": "cifar-resnet", "depth": 20}, "resnet20"),
-        ({"name": "cifar-densenet", "depth": 40, "growth": 12}, "densenet40"),
-        ({"name": "cifar-densenet", "depth": 40, "growth": 24}, "densenet40-growth24"),
-        ({"name": "timm/resnet50"}, "resnet50"),
-        ({"name": "timm/resnet50.a1_in1k"}, "resnet50"),
-        ({"name": "timm", "model": "resnet50"}, "resnet50"),
-        ({"name": "mine"}, "mine"),
-    ],
-    ids=str,
-)
-def test_architectures(arch, name):
-    assert published_arch(arch) == name
-
-
-@pytest.mark.parametrize(
-    ("loss", "attacked", "name"),
-    [
-        ("gaussian", False, "gaussian"),
-        ("gaussian", True, "smoothadv"),
-        ("stability", False, "stability"),
-        ("macer", False, "macer"),
-        ("rscli:consistency", False, "consistency"),
-        ("consistency", True, "smoothadv+consistency"),
-    ],
-)
-def test_methods(loss, attacked, name):
-    assert published_method(loss, attacked=attacked) == name
-
-
 REPRODUCING = [info.name for info in list_presets() if not info.problem and load_preset(info.name).header.published]
 
 
 @pytest.mark.parametrize("name", REPRODUCING)
-def test_a_run_of_a_preset_is_held_against_the_row_that_the_preset_names(name, shelf):
-    """From the preset's own sections, as a protocol records them; and without a difference in schedule."""
-    settings, row = load_preset(name).settings, published_for(name)
-    ours = Recipe(
-        dataset=settings["data"]["name"],
-        arch=published_arch({"growth": 12, **settings["arch"]}),
-        method=published_method(settings["loss"]["name"], attacked="attack" in settings),
-        sigma=settings["noise"]["sigma"],
-        setting=setting_of(settings),
-        schedule={"epochs": settings["epochs"], "batch": settings["batch"], "optimizer.lr": settings["optimizer"]["lr"]},
-    )
+def test_a_run_of_a_preset_is_held_against_the_row_that_the_preset_names(name, shelf, tmp_path):
+    """From the resolved configuration, as a protocol records it; and without a difference in settings or schedule."""
+    config, row = resolve(name).as_dict(), published_for(name)
+    about = {"info": {"config": config, "preset": name, "overrides": {}}, "sigma": config["noise"]["sigma"]}
+    path = write(tmp_path / "a.tsv", [(0, 7, 7, 1.0)], loss=config["loss"], attack=config["attack"], **about)
+    ours = recipe(read_results(path))
     found = shelf.nearest(ours, row_images(row))
     assert found == row
     assert setting_differences(ours, found, shelf.schedule(found)) == ()
-
-
-def setting_of(settings) -> dict:
-    loss, attack = settings["loss"], settings.get("attack", {})
-    names = {"name": "attack", "epsilon": "eps", "steps": "steps", "warmup": "warmup"}
-    defaults = {"form": "default"} if loss["name"] == "consistency" else {}
-    return {
-        **defaults,
-        **{key: value for key, value in loss.items() if key != "name"},
-        **{names[key]: value for key, value in attack.items()},
-    }
 
 
 @pytest.mark.parametrize(
@@ -358,14 +317,26 @@ def test_another_protocol_is_never_within(tmp_path, protocol, said):
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"sigma": 0.3}, "none for mnist, lenet, consistency, sigma 0.3"),
-        ({"attack": PGD, "loss": STABILITY}, "none for mnist, lenet, smoothadv+stability, sigma 0.5"),
+        ({"sigma": 0.3, "info": {"preset": "mnist-cons-0.25"}}, "none for mnist, lenet, consistency, sigma 0.3"),
+        (
+            {"info": {"overrides": {"attack.name": "pgd", "epochs": 3}}},
+            "it departs from the preset mnist-cons-0.5 in attack.name",
+        ),
+        ({"info": {"overrides": {"loss.name": "stability"}}}, "it departs from the preset mnist-cons-0.5 in loss.name"),
+        (
+            {"info": {"overrides": {"data.root": "x", "arch.depth": 3}}},
+            "it departs from the preset mnist-cons-0.5 in arch.depth, data.root",
+        ),
+        ({"info": {"preset": "theirs"}}, "the preset that it records is unavailable: there is no preset 'theirs'"),
+        ({"info": {"preset": "digits-cons-0.25"}}, "the preset digits-cons-0.25 reproduces no published row"),
         ({"split": "train"}, "they are of the split test, this is train"),
-        ({"noise": {"name": "uniform"}}, "they are for Gaussian noise, this is uniform"),
-        ({"loss": None}, "the protocol does not say how the model was trained"),
-        ({"sigma": None}, "the protocol does not say how the model was trained"),
+        ({"info": {"overrides": {"noise.name": "uniform"}}}, "it departs from the preset mnist-cons-0.5 in noise.name"),
+        (
+            {"info": {"preset": None, "loss": None}},
+            "it does not record a preset; --reproduces PRESET names the one that it is to be held against",
+        ),
     ],
-    ids=["sigma", "method", "split", "noise", "imported", "no-sigma"],
+    ids=["sigma", "attack", "loss", "network", "no-preset", "no-row", "split", "noise", "imported"],
 )
 def test_no_row_is_said_with_its_reason(tmp_path, changed, why):
     comparison = published(write(tmp_path / "a.tsv", constant(range(20), 1.0), **changed))

@@ -21,11 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 from victims import BEGUN, ROW, STEP_SECONDS, TOGETHER, kill
 
+from rscli.api import Certificate
 from rscli.cli.app import app
 from rscli.config.layers import resolve
 from rscli.errors import InputError
@@ -117,7 +119,7 @@ class Counters:
 def certify_together(chosen: CertifyOptions, world: int, monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
     """Certifies with `world` ranks, and returns what ended them early."""
     store, errors, mine = Counters(), [], threading.local()
-    monkeypatch.setattr(certifying, "join", lambda: mine.ranks)
+    monkeypatch.setattr(certifying, "join", lambda *_: mine.ranks)
 
     def work(rank: int) -> None:
         mine.ranks = Alone() if world == 1 else Together(store, rank, world)
@@ -179,7 +181,7 @@ class Lockstep:
 
 
 class Costly:
-    """An inquiry that needs 50 samples, and of every eighth image a hundredfold, by lot."""
+    """A request that needs 50 samples, and of every eighth image a hundredfold, by lot."""
 
     image, fresh = staticmethod(lambda: torch.zeros(1, 1, 1)), False
 
@@ -195,13 +197,14 @@ class Costly:
 class Costs:
     """In place of images and of the result file, which is closed when all images are done."""
 
-    inquire, path, rows, done, radii = Costly, Path("r.tsv"), (), frozenset(), MappingProxyType({})
+    request_for, path, rows, done, radii = Costly, Path("r.tsv"), (), frozenset(), ()
+    labels = MappingProxyType(dict.fromkeys(range(1000), 0))
 
     def __init__(self, close: Callable[[], None]) -> None:
         self.close = close
 
-    def row(self, inquiry, seconds: float) -> Row:
-        return Row(inquiry.key, 0, 0, 0.0, True, seconds)
+    def certificate(self, request) -> Certificate:
+        return Certificate(request.key, 0, 0.0, 0.9, 0.1, 0, 1, np.array([1, 0]), 0, "n-reached")
 
     def append(self, row: Row) -> None:
         pass
@@ -221,7 +224,7 @@ def test_samples_are_balanced_though_images_differ_a_hundredfold_and_a_batch_hol
         costs = Costs(lambda: clock.done(rank))
         try:
             clock.forward(rank, 0)
-            run = _Run(costs, sampler, costs, Together(store, rank, world), Silent(), StopRequest())
+            run = _Run(costs, costs, sampler, costs, Together(store, rank, world), Silent(), StopRequest())
             run.over(list(range(images)), merge=False)
         finally:
             samples[rank] = sampler.samples
@@ -242,7 +245,7 @@ def test_a_process_that_does_not_share_the_folder_says_so_at_once(model, tmp_pat
     monkeypatch.setattr(certifying, "SHARED_SECONDS", 0.1)
     store = Counters()
     store.add("meet protocol", 1)  # the first has written it, elsewhere
-    monkeypatch.setattr(certifying, "join", lambda: Together(store, 1, 2))
+    monkeypatch.setattr(certifying, "join", lambda *_: Together(store, 1, 2))
     with pytest.raises(InputError, match="which the first process has written, is not here"):
         certify(options(model, tmp_path / "r.tsv"), Silent())
     assert list(tmp_path.iterdir()) == []
@@ -262,7 +265,8 @@ def test_the_first_process_leaves_last():
 
 def test_without_torchrun_there_is_one_rank(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert (join().rank, join().world) == (0, 1)
+    ranks = join(print, StopRequest())
+    assert (ranks.rank, ranks.world) == (0, 1)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -331,7 +335,7 @@ def written(out: Path) -> set[tuple[str, ...]]:
     files = [path for path in (out, *parts_of(out)) if path.exists()]
     cells = [line.split("\t") for path in files for line in path.read_text().split("\n")[:-1]]
     where = HEADER.split("\t").index("time")
-    return {(*row[:where], *row[where + 1 :]) for row in cells if row[0] != "idx"}
+    return {(*row[:where], *row[where + 1 :]) for row in cells if row[0] != "idx" and not row[0].startswith("# protocol ")}
 
 
 def decided(out: Path) -> set[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib import metadata
 
 import pytest
 
-from rscli import registry
-from rscli.api import KINDS, Loss, Noise
+from rscli import distributions, registry
+from rscli.api import API_VERSION, KINDS, Loss, Noise
 from rscli.errors import PluginError
 from rscli.registry import Entry, Registry, description, installed, load_entry
 
@@ -60,6 +61,19 @@ def test_core_plugins_of_every_kind_are_found_and_load(kind):
         assert plugin.kind == kind
         assert description(plugin)
         assert description(plugin)[-1] not in ".,:;", f"{each} is described by half a sentence"
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"), [(1, "Update theirs."), (0, "Update theirs."), (3, "Update rscli"), ("2", "Update rscli")]
+)
+def test_a_plugin_of_another_contract_says_which_side_to_update(module, version, advice):
+    module.Old = type("Old", (Good,), {"api_version": version, "__module__": "their_plugins"})
+    with pytest.raises(
+        PluginError, match=f"written for version {version} of rscli.api, and this is version {API_VERSION}"
+    ) as caught:
+        load_entry(entry(target="their_plugins:Old"))
+    assert advice in caught.value.hint
+    assert load_entry(entry(target="their_plugins:Good")) is Good
 
 
 def test_entries_are_sorted_by_kind_and_name():
@@ -162,12 +176,18 @@ def test_the_description_is_the_first_line_without_its_full_stop(plugin, text):
     assert description(plugin) == text
 
 
-def test_one_name_twice_from_one_package_is_one_plugin(monkeypatch):
+def test_one_name_twice_from_one_package_is_one_plugin(tmp_path, monkeypatch):
     """An editable install and its metadata on the path twice must not make every name ambiguous."""
-    point = types.SimpleNamespace(name="good", value="their_plugins:Good", dist=types.SimpleNamespace(name="t", version="1"))
-    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: [point, point] if group == "rscli.losses" else [])
+    for place in ("a", "b"):
+        folder = tmp_path / place / "theirs-1.2.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.2\n")
+        (folder / "entry_points.txt").write_text("[rscli.losses]\ngood = their_plugins:Good\n")
+    read = distributions.read(metadata.distributions(path=[str(tmp_path / "a"), str(tmp_path / "b")]))
+    monkeypatch.setattr(registry, "environment", lambda: read)
     installed.cache_clear()
     try:
-        assert len(installed().entries()) == 1
+        assert installed().entries() == [entry()]
+        assert not registry.problems()
     finally:
         installed.cache_clear()

@@ -104,7 +104,7 @@ def test_clopper_pearson_intervals_are_exact(pair):
 
 
 def test_how_many_certificates_may_be_wrong(tmp_path):
-    """certification.md: of 500 at alpha .001, 4 at confidence .999."""
+    """docs/certification.md: of 500 at alpha .001, 4 at confidence .999."""
     path = write(tmp_path / "a.tsv", [(i, 0, 0, 1.0) for i in range(500)])
     assert compared(path).summaries[0].may_be_wrong == 4
 
@@ -377,7 +377,7 @@ def test_a_mean_of_lower_bounds_is_one(tmp_path):
 def test_beside_a_published_figure_the_difference_is_a_bound_too(tmp_path):
     """All of the first 500 are right with 1.0. Published: ACR 1.6069, and 99.12 and 91.36 % at 0 and 1."""
     loss = {"name": "consistency", "m": 2, "lbd": 5.0, "eta": 0.5, "form": "default"}
-    about = {"dataset": "mnist", "n": 100_000, "info": {"arch": {"name": "lenet"}, "loss": loss}}
+    about = {"dataset": "mnist", "n": 100_000, "info": {"arch": {"name": "lenet"}, "loss": loss, "preset": "mnist-cons-0.5"}}
     comparison = with_published(compared(write(tmp_path / "a.tsv", [(i, 7, 7, 1.0) for i in range(500)], radii=[1.0], **about)))
     figures, accuracies = tables(comparison)[1:3]
     assert cells(figures)["difference"] == "≥ −0.6069"
@@ -401,12 +401,11 @@ def test_a_plot_says_that_between_given_radii_it_shows_a_bound(tmp_path):
 @pytest.mark.parametrize(
     ("name", "key", "ours", "theirs", "decisive"),
     [
-        ("two-stage", "loss", 0.05, 0.5, True),
-        ("two-sided", "share", 0.9, 0.5, True),
+        ("two-stage", "radius_tolerance", 0.05, 0.5, True),
+        ("two-sided", "alpha_split", 0.9, 0.5, True),
         ("sequential", "early", 0.2, 0.0, True),
-        ("sequential", "give_up", 0.001, 0.5, False),
+        ("sequential", "futility", 0.001, 0.5, False),
         ("cohen", "early_abstain", False, True, False),
-        ("cohen", "package", "rscli", "another", False),
         ("of-another-package", "loss", 1, 2, False),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -423,6 +422,14 @@ def test_settings_of_one_certifier_that_differ(tmp_path, name, key, ours, theirs
     assert compared(*paths, allow_different=True).notes == (f"figures are not comparable: {said}",)
 
 
+def test_the_same_certifier_of_another_package_is_told_and_its_rows_are_not_recomputed(tmp_path):
+    paths = [write(tmp_path / f"{i}.tsv", certifier={"name": "cohen", "package": i}) for i in ("first", "second")]
+    notes = compared(*paths).notes
+    assert notes[-1] == "package of cohen: first (first); second (second)"
+    assert all("its rows are not recomputed" in note and "no installed package provides" in note for note in notes[:-1])
+    assert len(notes) == 3
+
+
 def test_settings_that_an_older_protocol_lacks_are_unknown(tmp_path):
     sections = [{"name": "two-stage"}, {"name": "two-stage", "loss": 0.05}]
     assert compared(*[write(tmp_path / f"{i}.tsv", certifier=one) for i, one in enumerate(sections)]).notes == ()
@@ -434,12 +441,14 @@ def test_settings_are_compared_among_runs_of_one_certifier(tmp_path):
     assert compared(*paths[:2]).notes == ("certifier: mine (0); two-stage (1)",)
     with pytest.raises(InputError) as caught:
         compared(*paths)
-    assert caught.value.message.splitlines()[1:] == ["  loss of two-stage: 0.2 (1); 0.3 (2)"]
+    assert caught.value.message.splitlines()[1:] == ["  radius_tolerance of two-stage: 0.2 (1); 0.3 (2)"]
 
 
 def test_what_a_protocol_tells_of_the_certifier_twice_is_compared_once(tmp_path):
-    paths = [write(tmp_path / f"{n}.tsv", n=n, certifier={"name": "cohen", "n": n, "n0": n, "alpha": 0.1}) for n in (10, 20)]
-    assert compared(*paths, allow_different=True).notes == ("figures are not comparable: n: 10 (10); 20 (20)",)
+    paths = [
+        write(tmp_path / f"{n}.tsv", n=n, certifier={"name": "cohen", "n": n, "n0": n, "alpha": 0.1}) for n in (1000, 2000)
+    ]
+    assert compared(*paths, allow_different=True).notes == ("figures are not comparable: n: 1000 (1000); 2000 (2000)",)
 
 
 # --- names ---

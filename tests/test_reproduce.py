@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from itertools import pairwise
@@ -14,8 +15,8 @@ from typer.testing import CliRunner
 
 from rscli.cli.app import app
 from rscli.config.layers import resolve
-from rscli.config.presets import list_presets, published_for
-from rscli.report.recipe import ATTACK, Recipe, published_arch, published_method, schedule, setting_differences
+from rscli.config.presets import list_presets, load_preset, published_for
+from rscli.report.recipe import ATTACK, Recipe, schedule, setting_differences
 from rscli.report.shelf import read_shelf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,7 @@ def test_every_command_works(command, tmp_path):
     if name == "train":
         result = CliRunner().invoke(app, [name, *words, *(() if "--dry-run" in words else ["--dry-run"])])
         assert result.exit_code == 0, result.output
-        assert "steps an epoch" in result.stdout
+        assert "steps per epoch" in result.stdout
     elif name == "presets":
         assert CliRunner().invoke(app, [name, *words]).exit_code == 0
     else:
@@ -85,10 +86,11 @@ def recipe_of(preset: str, sets: list[str]) -> Recipe:
     """What a run of `preset` with `sets` is held against: as a result file would tell it."""
     config = resolve(preset, sets=sets).as_dict()
     loss, attack = config["loss"], config["attack"] or {}
+    row = load_preset(preset).header.published
     return Recipe(
-        dataset=config["data"]["name"],
-        arch=published_arch(config["arch"]),
-        method=published_method(loss["name"], attacked=bool(attack)),
+        dataset=row.dataset,
+        arch=row.arch,
+        method=row.method,
         sigma=config["noise"]["sigma"],
         setting={**loss, **{theirs: attack[ours] for ours, theirs in ATTACK.items() if ours in attack}},
         schedule=schedule(config),
@@ -108,6 +110,8 @@ def test_every_figure_of_an_ablation_is_the_published_one(command, figures):
         row = shelf.nearest(ours, np.arange(10_000))
         assert (f"{row.acr:.4f}", setting_differences(ours, row, shelf.schedule(row))) == (acr, ())
     if not pairs:
+        if any(key.partition(".")[0] == "attack" for key in resolve(preset, sets=sets).overrides):
+            return  # another method than the preset's: held against nothing
         ours = recipe_of(preset, sets)
         row = shelf.nearest(ours, np.arange(10_000))
         assert row is None or setting_differences(ours, row, shelf.schedule(row))
@@ -115,4 +119,7 @@ def test_every_figure_of_an_ablation_is_the_published_one(command, figures):
 
 @pytest.mark.parametrize("name", ["published.csv", "published_mnist_subsets.csv"])
 def test_the_tables_are_those_that_were_computed_from_the_logs(name, shared):
-    assert (ROOT / "presets" / name).read_bytes() == (shared / name).read_bytes()
+    ours, theirs = (list(csv.DictReader((folder / name).open(encoding="utf-8"))) for folder in (ROOT / "presets", shared))
+    assert theirs
+    about = {"dataset": "mnist", "arch": "lenet"}  # which the table of MNIST alone leaves out
+    assert ours == [row if "dataset" in row else {**about, **row} for row in theirs]

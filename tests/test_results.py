@@ -15,7 +15,7 @@ import pytest
 
 from rscli.errors import InputError, RscliError
 from rscli.results import rows
-from rscli.results.protocol import protocol_path
+from rscli.results.protocol import FORMAT, digest, protocol_path
 from rscli.results.reader import read_results
 from rscli.results.rows import Row, format_row, parse_row
 from rscli.results.writer import ResultWriter
@@ -35,6 +35,12 @@ ROWS = [
     Row(11, 1, 1, math.nextafter(2.0, 0), True, 90_061.5, 100, 50, 50, 0, "x", True),
 ]
 FOREIGN = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+
+
+def signed(protocol: dict) -> dict:
+    """A protocol as it is written: in today's format, with its digest."""
+    now = {**protocol, "format": FORMAT}
+    return {**now, "sha256": digest(now)}
 
 
 def written(path: Path, rows: list[Row] = ROWS) -> bytes:
@@ -150,7 +156,7 @@ def test_a_finished_file_is_sorted_and_has_its_protocol(tmp_path):
     assert found.n.tolist() == [1000, 1000, 1000, 50]
     assert found.saturated.tolist() == [False, True, False, True]
     assert found.reason == ("below-half", "n-reached für immer", "n-reached", "x")
-    assert (found.protocol, found.name, found.notes) == (PROTOCOL, "new", ())
+    assert (found.protocol, found.name, found.notes) == (signed(PROTOCOL), "new", ())
     assert sorted(p.name for p in path.parent.iterdir()) == ["results.tsv", "results.tsv.protocol.json"]
 
 
@@ -234,7 +240,7 @@ def test_what_differs_in_info_is_only_noted(tmp_path):
     written(path := tmp_path / "r.tsv")
     with ResultWriter.resume(path, {**PROTOCOL, "info": {"versions": {"torch": "2.7"}, "max": 500}}) as writer:
         assert writer.notes == ['r.tsv, since it was begun: versions.torch was "2.6", is now "2.7"']
-    assert json.loads(protocol_path(path).read_text()) == PROTOCOL
+    assert json.loads(protocol_path(path).read_text()) == signed(PROTOCOL)
 
 
 def test_tuples_in_a_protocol_are_what_json_makes_of_them(tmp_path):
@@ -263,7 +269,7 @@ def test_a_run_killed_before_its_protocol_was_written_begins_anew(tmp_path):
     path.touch()
     with ResultWriter.resume(path, PROTOCOL) as writer:
         writer.append(ROWS[0])
-    assert read_results(path).protocol == PROTOCOL
+    assert read_results(path).protocol == signed(PROTOCOL)
 
 
 def test_resuming_a_finished_file_changes_nothing(tmp_path):
@@ -370,7 +376,7 @@ def test_an_image_twice_is_an_error_that_names_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"idx\tlabel\tpredict\tradius\n", "no column correct, time"),
+        (b"idx\tlabel\tpredict\tradius\n", "no column correct"),
         (b"epoch,loss\n1,2\n", "first line is 'epoch,loss'"),
         (b"\x80\x00\xff" * 30, "not text"),
         (b"", "an empty line"),
@@ -395,8 +401,8 @@ def test_a_missing_file_and_a_folder_without_results(tmp_path):
 
 def test_a_protocol_from_the_future_is_refused(tmp_path):
     written(path := tmp_path / "r.tsv")
-    protocol_path(path).write_text('{"format": 2}')
-    with pytest.raises(InputError, match="format 2"):
+    protocol_path(path).write_text('{"format": 3}')
+    with pytest.raises(InputError, match="format 3"):
         read_results(path)
 
 

@@ -16,7 +16,7 @@ from rscli.errors import PluginError, RscliError
 from rscli.registry import installed
 from rscli.runtime.seeds import block_generator, derive
 from rscli.sampling.blocks import BLOCK
-from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.requests import CertifierRequest
 from rscli.sampling.sampler import SPARE, Sampler
 
 SHAPE = (1, 4, 4)
@@ -64,9 +64,9 @@ class Looker(Certifier):
 
 def run(batch: int, keys, certifier=None, seed: int = 0, lanes: int = 1):
     certifier = certifier or Looker(n0=7)
-    wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in keys]
+    wanted = [CertifierRequest(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in keys]
     done = list(sampler(batch, seed, lanes=lanes).run(wanted))
-    return {inquiry.key: (inquiry.n, inquiry.counts.tolist(), inquiry.plan.candidate) for inquiry in done}
+    return {request.key: (request.n, request.counts.tolist(), request.plan.candidate) for request in done}
 
 
 def brute_force(key: int, certifier: Looker, seed: int = 0):
@@ -100,10 +100,10 @@ def test_a_lane_that_is_slow_changes_nothing():
         time.sleep(pause)
         return model(images)
 
-    wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
-    done = [(inquiry.key, inquiry.counts.tolist()) for inquiry in sampler(32, classifier=slow, lanes=3).run(wanted)]
+    wanted = [CertifierRequest(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
+    done = [(request.key, request.counts.tolist()) for request in sampler(32, classifier=slow, lanes=3).run(wanted)]
     assert dict(done) == {key: brute_force(key, Looker(n0=7))[1] for key in range(9)}
-    wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
+    wanted = [CertifierRequest(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
     assert done == [(i.key, i.counts.tolist()) for i in sampler(32, lanes=3).run(wanted)], "the order depends on the pauses"
 
 
@@ -118,7 +118,7 @@ def test_lanes_share_the_threads_and_give_them_back():
         return model(images)
 
     try:
-        wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
+        wanted = [CertifierRequest(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
         assert len(list(sampler(16, classifier=watching, lanes=2).run(wanted))) == 9
         assert seen == {("lane_0", 2), ("lane_1", 2)}
         assert torch.get_num_threads() == 4
@@ -132,7 +132,7 @@ def test_a_lane_that_fails_ends_the_run_and_no_thread_is_left():
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        list(sampler(16, classifier=failing, lanes=3).run([CertifierInquiry(Looker(), Question(CLASSES), 0, lambda: image(0))]))
+        list(sampler(16, classifier=failing, lanes=3).run([CertifierRequest(Looker(), Question(CLASSES), 0, lambda: image(0))]))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane")]
 
 
@@ -168,7 +168,7 @@ class Counting:
 def test_batches_have_one_static_shape_and_are_filled_across_images():
     counting = Counting()
     sampling = sampler(128, classifier=counting)
-    wanted = [CertifierInquiry(Looker(n0=7, looks=(21,)), Question(CLASSES), k, lambda k=k: image(k)) for k in range(64)]
+    wanted = [CertifierRequest(Looker(n0=7, looks=(21,)), Question(CLASSES), k, lambda k=k: image(k)) for k in range(64)]
     assert len(list(sampling.run(wanted))) == 64
     assert set(counting.shapes) == {(128, *SHAPE)}
     assert sampling.samples == 64 * 28
@@ -185,6 +185,9 @@ class Drawing:
         self.blocks += 1
         return self.gaussian.sample(shape, **where)
 
+    def apply(self, images, noise, **where) -> torch.Tensor:
+        return self.gaussian.apply(images, noise, **where)
+
 
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_a_block_whose_samples_are_wanted_bit_by_bit_is_drawn_once(lanes):
@@ -192,14 +195,14 @@ def test_a_block_whose_samples_are_wanted_bit_by_bit_is_drawn_once(lanes):
     for images, batch in ((1, 64), (4, 48)):
         noise = Drawing()
         sampling = Sampler(model, noise, CLASSES, seed=0, batch=batch, device=CPU, lanes=lanes)
-        wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(images)]
+        wanted = [CertifierRequest(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(images)]
         assert len(list(sampling.run(wanted))) == images
         assert noise.blocks == images * -(-197 // BLOCK)
 
 
 def test_kept_noise_is_bounded_and_gone_in_the_end():
     certifier = Looker(n0=7, looks=(9, 12, 70), enough=1000)
-    wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(200)]
+    wanted = [CertifierRequest(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(200)]
     sampling = sampler(256)
     kept = [len(sampling._blocks) for _ in sampling.run(wanted)]
     assert 0 < max(kept) <= 2 * SPARE * 256 // BLOCK
@@ -211,7 +214,7 @@ def test_many_lanes_draw_no_block_twice():
     certifier = Looker(n0=30, looks=tuple(range(30, 160, 30)), enough=1000)
     noise = Drawing()
     sampling = Sampler(model, noise, CLASSES, seed=0, batch=64, device=CPU, lanes=8)
-    wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(40)]
+    wanted = [CertifierRequest(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(40)]
     assert len(list(sampling.run(wanted))) == 40
     assert noise.blocks == 40 * 3
 
@@ -234,8 +237,8 @@ class Small:
 def test_out_of_memory_halves_the_batch_and_loses_nothing(lanes, error):
     small = Small(20, error)
     sampling = sampler(100, classifier=small, lanes=lanes)
-    wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
-    done = {inquiry.key: (inquiry.n, inquiry.counts.tolist(), inquiry.plan.candidate) for inquiry in sampling.run(wanted)}
+    wanted = [CertifierRequest(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
+    done = {request.key: (request.n, request.counts.tolist(), request.plan.candidate) for request in sampling.run(wanted)}
     assert done == {key: brute_force(key, Looker(n0=7)) for key in range(9)}
     assert sampling.batch == 13
     assert set(small.shapes) == {13}
@@ -245,29 +248,29 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(lanes, error):
 def test_batches_handed_out_before_another_lane_ran_out_of_memory_are_cut_too(lanes):
     certifier = Looker(n0=700, looks=(900,), enough=1)  # every lane has a full batch, and one more waits
     sampling = sampler(100, classifier=Small(20), lanes=lanes)
-    wanted = [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(3)]
-    done = {inquiry.key: inquiry.counts.tolist() for inquiry in sampling.run(wanted)}
+    wanted = [CertifierRequest(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(3)]
+    done = {request.key: request.counts.tolist() for request in sampling.run(wanted)}
     assert done == {key: brute_force(key, certifier)[1] for key in range(3)}
     assert sampling.samples == 3 * 1600
 
 
 def test_out_of_memory_with_a_single_sample_is_an_error():
     with pytest.raises(RscliError, match="the device cpu does not have enough memory for a single image"):
-        list(sampler(4, classifier=Small(0)).run([CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
+        list(sampler(4, classifier=Small(0)).run([CertifierRequest(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_open_images_do_not_grow_with_the_number_of_images(lanes):
     opened, most = [0], [0]
 
-    def inquiries():
+    def requests():
         for key in range(500):
             opened[0] += 1
             most[0] = max(most[0], opened[0] - finished[0])
-            yield CertifierInquiry(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key))
+            yield CertifierRequest(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key))
 
     finished = [0]
-    for _ in sampler(32, lanes=lanes).run(inquiries()):
+    for _ in sampler(32, lanes=lanes).run(requests()):
         finished[0] += 1
     assert finished[0] == 500
     assert most[0] <= (lanes + 1) * (32 if lanes == 1 else 4 * 32) + 2  # a lane gets four small batches at a time
@@ -276,7 +279,7 @@ def test_open_images_do_not_grow_with_the_number_of_images(lanes):
 def test_stop_draws_nothing_more():
     sampling = sampler(16)
     calls = iter([False, False, True])
-    wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]
+    wanted = [CertifierRequest(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]
     assert list(sampling.run(wanted, lambda: next(calls))) == []
     assert sampling.samples <= 32
 
@@ -287,7 +290,7 @@ def test_a_run_knows_nothing_of_one_that_was_stopped_or_failed(lanes):
     certifier = Looker(n0=7)
 
     def wanted(keys):
-        return [CertifierInquiry(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in keys]
+        return [CertifierRequest(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in keys]
 
     calls = iter([False] * 4 + [True])
     list(sampling.run(wanted(range(5)), lambda: next(calls)))
@@ -297,13 +300,13 @@ def test_a_run_knows_nothing_of_one_that_was_stopped_or_failed(lanes):
     sampling.model = model
     next(closed := sampling.run(wanted(range(5))))
     closed.close()
-    done = {inquiry.key: inquiry.counts.tolist() for inquiry in sampling.run(wanted(range(3, 9)))}
+    done = {request.key: request.counts.tolist() for request in sampling.run(wanted(range(3, 9)))}
     assert done == {key: brute_force(key, certifier)[1] for key in range(3, 9)}
 
 
 def test_logits_of_half_precision_may_have_a_large_sum():
     large = sampler(16, classifier=lambda images: (model(images) - 5000).half())
-    wanted = [CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]
+    wanted = [CertifierRequest(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]
     assert len(list(large.run(wanted))) == 1
 
 
@@ -316,13 +319,13 @@ def test_one_logit_that_is_not_finite_is_refused(bad):
 
     broken = sampler(16, classifier=spoilt)
     with pytest.raises(RscliError, match="not finite"):
-        list(broken.run([CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
+        list(broken.run([CertifierRequest(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
 
 
 def test_logits_of_another_shape_are_the_plugins_fault():
     broken = sampler(16, classifier=lambda images: model(images)[:, :2])
     with pytest.raises(PluginError, match=r"\(16, 2\).*\(16, 3\)"):
-        list(broken.run([CertifierInquiry(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
+        list(broken.run([CertifierRequest(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
 
 
 class Undecided(Looker):
@@ -361,7 +364,7 @@ class Empty(Looker):
     [
         (Undecided(n0=7), "did not decide"),
         (Backwards(n0=7), "do not increase"),
-        (Negative(), "wants -5 selection samples"),
+        (Negative(), "selection gave samples = -5"),
     ],
 )
 def test_certifiers_that_break_their_contract_are_named(certifier, message):
@@ -371,8 +374,8 @@ def test_certifiers_that_break_their_contract_are_named(certifier, message):
 
 
 def test_a_certifier_may_decide_with_the_selection_samples():
-    inquiry = CertifierInquiry(Empty(n0=7), Question(CLASSES), 0, lambda: image(0))
-    (done,) = sampler(16).run([inquiry])
+    request = CertifierRequest(Empty(n0=7), Question(CLASSES), 0, lambda: image(0))
+    (done,) = sampler(16).run([request])
     assert done.decision.reason == "hopeless"
     assert done.n == 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
 from math import comb
 
@@ -19,16 +18,7 @@ SHORT = sequential.look_schedule(2000)
 THRESHOLDS = (0.5, 0.501, 0.55, 0.6, 2 / 3, 0.75, 0.8413447, 0.9, 0.95, 0.97725, 0.99, 0.998, 0.9999)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Every test starts without stored boundaries, and leaves none behind."""
-    monkeypatch.setenv("RSCLI_CACHE_DIR", str(tmp_path))
-    sequential.boundary.cache_clear()
-    sequential.nested_test.cache_clear()
-    return tmp_path / "sequential"
-
-
-def walk(p, looks, certify, give_up=None, reach=None):
+def walk(p, looks, certify, futility=None, reach=None):
     """Follows the count of hits sample by sample, stopping paths at the looks: (P certified, P gave up, mean samples).
 
     The exact recursion d[a] = (1 - p) d[a] + p d[a - 1], with neither convolutions nor windows; `reach` bounds the array for
@@ -49,7 +39,7 @@ def walk(p, looks, certify, give_up=None, reach=None):
             d[0] *= 1 - p
         if n == looks[look]:
             up = counts >= certify[look]
-            down = counts <= (-1 if give_up is None else give_up[look])
+            down = counts <= (-1 if futility is None else futility[look])
             stopped = d[up].sum() + d[down].sum()
             certified, gave_up = certified + d[up].sum(), gave_up + d[down].sum()
             samples += n * stopped
@@ -175,7 +165,7 @@ def test_mean_samples_to_certify(p, samples):
 
 @pytest.mark.slow
 def test_mean_samples_to_give_up():
-    boundary, limits = sequential.boundary(0.5, LOOKS, 0.001, 0.5), sequential.give_up_boundary(0.5, LOOKS, 1e-3, 0.5)
+    boundary, limits = sequential.boundary(0.5, LOOKS, 0.001, 0.5), sequential.futility_boundary(0.5, LOOKS, 1e-3, 0.5)
     _, gave_up, mean = walk(0.45, LOOKS, boundary, limits, reach=2500)
     assert gave_up > 0.9999
     assert mean == pytest.approx(1868, rel=0.001)
@@ -183,7 +173,7 @@ def test_mean_samples_to_give_up():
 
 @pytest.mark.parametrize("p0", [0.5, 0.7, 0.95, 0.998])
 def test_giving_up_loses_no_more_than_its_share_of_beta(p0):
-    limits = sequential.give_up_boundary(p0, SHORT, 0.01, 0.2)
+    limits = sequential.futility_boundary(p0, SHORT, 0.01, 0.2)
     never = [n + 1 for n in SHORT]
     before_the_last = (*limits[:-1], -1)
     assert walk(p0, SHORT, never, before_the_last)[1] <= 0.2 * 0.01
@@ -193,7 +183,7 @@ def test_giving_up_loses_no_more_than_its_share_of_beta(p0):
 def test_extreme_probabilities():
     assert sequential.boundary(1.0, (5, 10), 0.1) == (6, 11)  # never
     assert sequential.boundary(0.0, (5, 10), 0.1) == (1, 1)  # one hit refutes p = 0
-    assert sequential.give_up_boundary(1.0, (5, 10), 0.1) == (4, 9)
+    assert sequential.futility_boundary(1.0, (5, 10), 0.1) == (4, 9)
 
 
 @pytest.mark.parametrize(
@@ -230,11 +220,11 @@ def test_binomials_are_right_also_in_the_tails(n, p):
 
 def test_nested_boundaries_are_monotone_and_still_keep_alpha():
     test = sequential.nested_test(THRESHOLDS, SHORT, 0.001)
-    assert test.certify.shape == test.give_up.shape == (len(SHORT), len(THRESHOLDS))
+    assert test.certify.shape == test.futility.shape == (len(SHORT), len(THRESHOLDS))
     assert (np.diff(test.certify, axis=1) >= 0).all()
-    assert (np.diff(test.give_up, axis=1) >= 0).all()
-    assert (test.give_up < test.certify).all()
-    assert (test.give_up[-1] == test.certify[-1] - 1).all()  # the last look decides everything
+    assert (np.diff(test.futility, axis=1) >= 0).all()
+    assert (test.futility < test.certify).all()
+    assert (test.futility[-1] == test.certify[-1] - 1).all()  # the last look decides everything
     for j, p0 in enumerate(THRESHOLDS):
         assert walk(p0, SHORT, test.certify[:, j])[0] <= 0.001
 
@@ -252,106 +242,27 @@ def test_the_cumulative_maximum_costs_little_power():
     for j, p0 in enumerate(THRESHOLDS[:-2]):
         p = p0 + 0.15 * (1 - p0)
         alone = walk(p, SHORT, sequential.boundary(p0, SHORT, 0.001))[0]
-        assert walk(p, SHORT, test.certify[:, j], test.give_up[:, j])[0] > alone - 0.002
+        assert walk(p, SHORT, test.certify[:, j], test.futility[:, j])[0] > alone - 0.002
 
 
 def test_misses_that_no_later_look_allows_are_hopeless_at_once():
     test = sequential.nested_test((0.5, 0.9999), SHORT, 0.001)  # .9999^2000 = .8: 2000 samples never certify it
-    assert test.hopeful(0, 50) == 1
+    assert test.not_futile(0, 50) == 1
     test = sequential.nested_test((0.99,), SHORT, 0.001)
     allowed = 2000 - int(test.certify[-1, 0])
-    assert all(test.hopeful(look, n - allowed - 1) == 0 for look, n in enumerate(SHORT) if n > allowed)
+    assert all(test.not_futile(look, n - allowed - 1) == 0 for look, n in enumerate(SHORT) if n > allowed)
 
 
 def test_one_count_decides_a_range_of_thresholds():
     test = sequential.nested_test((0.5, 0.7, 0.9), SHORT, 0.001)
-    assert (test.certified(0, 50), test.hopeful(0, 50)) == (2, 3)  # .9^50 = .005 is more than a look may spend
-    assert (test.certified(0, 0), test.hopeful(0, 0)) == (0, 0)
+    assert (test.certified(0, 50), test.not_futile(0, 50)) == (2, 3)  # .9^50 = .005 is more than a look may spend
+    assert (test.certified(0, 0), test.not_futile(0, 0)) == (0, 0)
     last = len(SHORT) - 1
     for hits in range(0, 2001, 100):
-        assert test.certified(last, hits) == test.hopeful(last, hits)
+        assert test.certified(last, hits) == test.not_futile(last, hits)
 
 
 @pytest.mark.parametrize("thresholds", [(), (0.5, 0.5), (0.7, 0.6)])
 def test_thresholds_must_increase(thresholds):
     with pytest.raises(InputError):
         sequential.nested_test(thresholds, SHORT, 0.001)
-
-
-# --- the cache folder --------------------------------------------------------------------------------------------------------
-
-
-def test_boundaries_are_kept_on_disk(own_cache, monkeypatch):
-    first = sequential.boundary(0.5, SHORT, 0.001)
-    (file,) = own_cache.iterdir()
-    sequential.boundary.cache_clear()
-    monkeypatch.setattr(sequential, "_spend", lambda *_: pytest.fail("computed again"))
-    assert sequential.boundary(0.5, SHORT, 0.001) == first
-    assert json.loads(file.read_text())["values"] == list(first)
-
-
-@pytest.mark.parametrize("change", ["p0", "looks", "alpha", "early", "version"])
-def test_every_argument_has_its_own_file(own_cache, monkeypatch, change):
-    arguments = {"p0": 0.5, "looks": SHORT, "alpha": 0.001, "early": 0.2}
-    other = {"p0": 0.5000000001, "looks": SHORT[:-1], "alpha": 0.0011, "early": 0.3}
-    sequential.boundary(**arguments)
-    if change == "version":
-        monkeypatch.setattr(sequential, "VERSION", 99)
-        sequential.boundary.cache_clear()
-        sequential.boundary(**arguments)
-    else:
-        sequential.boundary(**{**arguments, change: other[change]})
-    assert len(list(own_cache.iterdir())) == 2
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "[]",
-        "null",
-        '{"values": [1]}',
-        '{"values": "x", "digest": ""}',
-        '{"values": [1, 2], "digest": "00"}',
-        "\x00\xff",
-    ],
-)
-def test_a_broken_file_is_computed_again_and_mended(own_cache, content):
-    first = sequential.boundary(0.5, SHORT, 0.001)
-    (file,) = own_cache.iterdir()
-    good = file.read_text()
-    file.write_text(content, encoding="latin-1")
-    sequential.boundary.cache_clear()
-    assert sequential.boundary(0.5, SHORT, 0.001) == first
-    assert file.read_text() == good
-
-
-def test_a_changed_number_is_noticed(own_cache):
-    first = sequential.boundary(0.5, SHORT, 0.001)
-    (file,) = own_cache.iterdir()
-    stored = json.loads(file.read_text())
-    stored["values"][3] -= 5
-    file.write_text(json.dumps(stored))
-    sequential.boundary.cache_clear()
-    assert sequential.boundary(0.5, SHORT, 0.001) == first
-
-
-def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
-    blocked = tmp_path / "a file"
-    blocked.write_text("in the way")
-    monkeypatch.setenv("RSCLI_CACHE_DIR", str(blocked))
-    assert sequential.boundary(0.5, (100_000,), 0.001) == (50_490,)
-
-
-def test_where_the_cache_folder_is(monkeypatch, tmp_path):
-    for name in ("RSCLI_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sequential.Path, "home", lambda: tmp_path)
-    assert sequential.cache_folder() == tmp_path / ".cache" / "rscli"
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    assert sequential.cache_folder() == tmp_path / "local" / "rscli"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert sequential.cache_folder() == tmp_path / "xdg" / "rscli"
-    monkeypatch.setenv("RSCLI_CACHE_DIR", str(tmp_path / "own"))
-    assert sequential.cache_folder() == tmp_path / "own"

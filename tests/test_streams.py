@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from rscli.errors import InputError, RscliError
 from rscli.results.shards import whole_rows
 from rscli.runtime.files import replacing, writing
+from rscli.runtime.signals import STOPPING
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="streams and signals as POSIX has them")
 needs_full = pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
@@ -114,7 +115,7 @@ def test_what_was_there_before_is_kept(tmp_path):
 
 def test_a_device_is_not_replaced_and_not_read_to_its_end(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="is a device or a pipe"), replacing(tmp_path / "pipe"):
+    with pytest.raises(InputError, match="is a pipe, not a file"), replacing(tmp_path / "pipe"):
         pass
     with pytest.raises(InputError, match="is not a file"):
         whole_rows(tmp_path / "pipe")
@@ -139,7 +140,8 @@ except BaseException:  # as numpy and scipy do in places
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "stopped: the")]
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), *((number, 75, "stopped: the") for number in STOPPING if number != signal.SIGINT)],
 )
 @pytest.mark.parametrize("module", [WAITING, SWALLOWING], ids=["waiting", "swallowing"])
 def test_a_signal_while_modules_are_read_is_said_in_a_line(tmp_path, number, code, said, module):
@@ -158,7 +160,8 @@ def test_a_signal_while_modules_are_read_is_said_in_a_line(tmp_path, number, cod
     assert err.startswith(said)
 
 
-def test_sigterm_outside_a_run_and_outside_an_import_unwinds(tmp_path):
+@pytest.mark.parametrize("number", [number for number in STOPPING if number != signal.SIGINT])
+def test_a_signal_outside_a_run_and_outside_an_import_unwinds(tmp_path, number):
     """The file that is being written is removed, and the exit code says that the command can be given again."""
     code = f"""
 import sys, time
@@ -174,7 +177,7 @@ with interrupts.heard(), replacing(Path({str(tmp_path / "file")!r})) as beside:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     assert len(list(tmp_path.iterdir())) == 1
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75
     assert err.startswith("stopped: the same command")
@@ -182,12 +185,20 @@ with interrupts.heard(), replacing(Path({str(tmp_path / "file")!r})) as beside:
 
 
 def test_signals_that_are_ignored_stay_ignored():
+    """As nohup and a shell's & have it."""
     code = """
 import os, signal
 from rscli.cli import interrupts
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+from rscli.runtime.signals import STOPPING, stop_requests
+for number in STOPPING:
+    signal.signal(number, signal.SIG_IGN)
 with interrupts.heard():
-    os.kill(os.getpid(), signal.SIGINT)
+    for number in STOPPING:
+        os.kill(os.getpid(), number)
+    with stop_requests() as stop:
+        for number in set(STOPPING) - {signal.SIGINT, signal.SIGTERM}:
+            os.kill(os.getpid(), number)
+        assert not stop.requested
 print("alive")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)

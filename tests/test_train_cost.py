@@ -29,10 +29,10 @@ def test_every_method_is_measured_on_both_networks_at_full_effort(bench):
             trainer = bench.last_epoch_trainer(*preset, 8, CPU)
             assert sum(p.numel() for p in trainer.classifier.parameters()) == networks[name]
             assert trainer.resolved.noise.sigma == 0.5
-            assert trainer.drops == 2
+            assert trainer.lr_factor == pytest.approx(0.01)
             attack = trainer.resolved.attack
             assert (attack is not None) is method.startswith("smoothadv")
-            assert attack is None or attack.reach(trainer.epoch) == attack.epsilon
+            assert attack is None or attack.epsilon_at(trainer.epoch) == attack.epsilon
 
 
 def test_ratios_are_to_gaussian_in_the_same_round(bench, monkeypatch):

@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.special import beta
 from torch import nn
 from typer.testing import CliRunner
 
-from rscli.api import Certifier, Decision, Plan, Question
+from rscli.api import Question
 from rscli.cli.app import app
 from rscli.config.layers import resolve
 from rscli.errors import RscliError, Stopped
@@ -31,12 +30,12 @@ from rscli.sampling import autotune as tune
 from rscli.sampling import options as sampling
 from rscli.sampling.autotune import Choice
 from rscli.sampling.blocks import BLOCK
-from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.requests import CertifierRequest
 from rscli.sampling.sampler import Sampler
 from rscli.smoothing import certify as certifying
-from rscli.smoothing import cost as previewing
 from rscli.smoothing.certify import CertifyOptions, SamplingOptions, certify
-from rscli.smoothing.images import Images
+from rscli.smoothing.cost import at_most
+from rscli.smoothing.task import CertificationTask
 from rscli.smoothing.work_queue import Alone, Together
 from rscli.training.train import TrainOptions, train
 
@@ -269,16 +268,6 @@ def test_a_long_run_without_a_trial_says_what_it_will_cost_too(model, tmp_path, 
     assert heard.notes[1] == "6 images, at most 1,320 samples: about 0:02:00 at that speed"
 
 
-def test_the_pilot_of_a_run_of_days_may_take_longer(model, tmp_path, monkeypatch):
-    """At 500 samples a second, two seconds are enough for 4 images; 40 seconds for 80, but 20 are the most."""
-    images = Images(load_model(model), installed().build("certifiers", {"name": "cohen"}), None, (), labels=False)
-    asked = []
-    monkeypatch.setattr(previewing, "_pilot", lambda split, wanted, most, *rest: asked.append(most) or {})
-    for wanted, world in ((10, 1), (200, 1), (400, 2), (100_000, 1)):
-        assert len(list(previewing.preview(images, range(wanted), None, 500.0, world, lambda: False))) == 1
-    assert asked == [40, 40, 40]  # of 200 images, a thousandth of 40,040 seconds; of ten, not even sixteen fit
-
-
 @pytest.mark.parametrize(
     ("before", "lanes"),
     [
@@ -296,67 +285,29 @@ def test_a_run_that_goes_on_has_few_lanes_only_if_a_trial_found_so(model, monkey
     assert choice.lanes == lanes
 
 
-def test_the_preview_says_what_the_run_and_the_sequential_certifier_would_take(model, tmp_path, trials):
+def test_the_cost_of_a_long_run_is_said_before_it_begins(model, tmp_path, trials):
     heard = Listening()
     tally = certify(options(model, tmp_path / "r.tsv"), heard)
-    trial, price, instead = heard.notes
+    trial, price = heard.notes
     assert trial == "trial: batch 96, contiguous: 1,000,000 samples/s"
     assert price == "6 images, at most 1,320 samples: about 0:00:00 at that speed"
-    assert instead.startswith("--certifier sequential would decide the radii 0 to 0.25 with about ")
-    mean = float(instead.split("about ")[1].split(" samples")[0].replace(",", ""))
-    assert 20 + 50 <= mean <= 20 + 200  # selection, and looks from 50 to n
-    assert f"{220 / mean:.1f}"[:2] in instead
-    assert tally.samples == 1320  # the pilot is not counted
+    assert tally.samples == 1320
 
 
-def test_hours_are_shown_as_hours():
-    assert previewing._duration(50_050) == "about 13:54:10"
-
-
-def test_the_preview_of_a_sequential_run_says_what_it_probably_takes(model, tmp_path, trials):
-    """What it says is near to what the run then takes; with labels, there are no selection samples."""
+def test_with_labels_there_are_no_selection_samples_in_the_cost(model, tmp_path, trials):
+    heard, wanted = Listening(), {"certifier": {"name": "sequential", "n": 5_000}, "radii": (0.0, 0.25)}
     for labels, most in ((False, 5_100), (True, 5_000)):
-        heard, wanted = Listening(), {"certifier": {"name": "sequential", "n": 5_000}, "radii": (0.0, 0.25)}
-        tally = certify(options(model, tmp_path / f"{labels}.tsv", **wanted, labels=labels, skip=3, max=64), heard)
-        _, price, probably = heard.notes
-        assert price.startswith(f"64 images, at most {64 * most:,} samples: about 0:00:00 at that speed")
-        said, rest = probably.removeprefix("probably ").split(" samples an image: ")
-        assert rest == "about 0:00:00 (estimated from 64 images)"
-        assert 0.5 < float(said.replace(",", "")) / (tally.samples / 64) < 3
+        certify(options(model, tmp_path / f"{labels}.tsv", **wanted, labels=labels), heard)
+        assert heard.notes[-1].startswith(f"6 images, at most {6 * most:,} samples: about 0:00:00 at that speed")
 
 
-class Once(Certifier):
-    """Decides at 10 samples if all of them are of the first class, at 30 if not."""
-
-    def plan(self, counts: np.ndarray, question: Question) -> Plan:
-        return Plan(0, (10, 30))
-
-    def decide(self, counts: np.ndarray, n: int, plan: Plan) -> Decision | None:
-        return Decision(0, 0.9, 0.1, "done") if n == 30 or counts[0] == 10 else None
+def test_hours_are_shown_as_hours_and_divided_among_processes(model):
+    images = CertificationTask(load_model(model), installed().build("certifiers", {"name": "cohen"}), lambda index: None)
+    said = at_most(images, 0, 500, 1_000.0, 2)
+    assert said == "500 images, at most 50,050,000 samples: about 6:57:05 at that speed"
 
 
-def test_the_expected_samples_are_those_of_the_class_probabilities(monkeypatch):
-    """Selection, 10 samples, and 20 more unless all 10 hit: the probability of that, integrated over the posterior."""
-    monkeypatch.setattr(previewing, "PATHS", 20_000)
-    hits, others = 180, 20
-    found = previewing._expected(Once(n0=7), lambda index: Question(3), {0: np.array([hits, 5, 15])})
-    every_hit = beta(hits + 10.5, others + 0.5) / beta(hits + 0.5, others + 0.5)
-    assert found == pytest.approx(7 + 10 + 20 * (1 - every_hit), abs=0.3)
-
-
-def test_the_alternative_has_the_samples_that_were_asked_for_and_its_own_defaults_otherwise(
-    model, tmp_path, trials, monkeypatch
-):
-    built = []
-    monkeypatch.setattr(previewing, "_expected", lambda certifier, *rest: built.append(certifier) or 100.0)
-    certify(options(model, tmp_path / "r.tsv", certifier={"name": "two-stage", "n": 2_000}), Silent())
-    certify(options(model, tmp_path / "s.tsv"), Silent())
-    assert [(certifier.n0, certifier.n, certifier.alpha) for certifier in built] == [
-        (1000, 2_000, 0.001), (100, 2_000, 0.001), (20, 200, 0.01), (20, 200, 0.01),
-    ]  # fmt: skip
-
-
-def test_the_pilot_of_the_preview_changes_no_row(model, tmp_path, trials, monkeypatch):
+def test_a_trial_changes_no_row(model, tmp_path, trials, monkeypatch):
     certify(options(model, tmp_path / "a.tsv"), Silent())
     certify(options(model, tmp_path / "b.tsv", sampling=SamplingOptions("cpu", 96, channels_last=False)), Silent())
     assert len(trials) == 1
@@ -422,7 +373,7 @@ def test_the_preview_is_for_the_beginning_of_a_run(model, tmp_path, hours, monke
     first, again, out = Listening(), Listening(), tmp_path / "r.tsv"
     certify(options(model, out), first)
     certify(options(model, out, resume=True), again)
-    assert len(first.notes) == 3
+    assert len(first.notes) == 2
     assert again.notes == first.notes[:1]
 
 
@@ -432,7 +383,7 @@ def test_whether_a_run_takes_hours_is_asked_of_each_process(world, tried, model,
         """One process that believes in others."""
 
     monkeypatch.setattr(Several, "world", world)
-    monkeypatch.setattr(certifying, "join", Several)
+    monkeypatch.setattr(certifying, "join", lambda *_: Several())
     monkeypatch.setattr(sampling, "COMPILE_SECONDS", 1000 / 1e6)  # 1,200 samples in all, at 1e6 a second
     pretend_to_compile(monkeypatch, faster)
     certify(options(model, tmp_path / "r.tsv"), Silent())
@@ -440,12 +391,13 @@ def test_whether_a_run_takes_hours_is_asked_of_each_process(world, tried, model,
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_waits_for_the_trial_or_the_start_of_another_can_be_stopped(rank, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(certifying, "join", lambda: Together(torch.distributed.HashStore(), rank, 2))
+def test_a_process_that_waits_for_the_trial_or_the_start_of_another_can_be_stopped(rank, model, tmp_path):
     stop = StopRequest()
     stop.requested = True
     with pytest.raises(Stopped, match="waiting for the other"):
-        certifying._certify(options(model, tmp_path / "r.tsv"), Silent(), stop)
+        certifying._certify(
+            options(model, tmp_path / "r.tsv"), Silent(), stop, Together(torch.distributed.HashStore(), rank, 2)
+        )
 
 
 @pytest.mark.parametrize(
@@ -533,7 +485,7 @@ PEAKS = """
 import resource, sys
 import torch
 from rscli.api import Question
-from rscli.sampling.requests import CertifierInquiry
+from rscli.sampling.requests import CertifierRequest
 from rscli.sampling.sampler import Sampler
 from rscli.registry import installed
 
@@ -543,7 +495,7 @@ sampler = Sampler(lambda x: x[:, 0, 0, :3], noise, 3, seed=0, batch=256, device=
 for n in (10_000, 1_000_000):
     certifier = installed().build("certifiers", {"name": sys.argv[1], "n": n})
     question = Question(3, (0.5, 0.9) if certifier.grid else ())
-    wanted = (CertifierInquiry(certifier, question, key, lambda: torch.full((1, 4, 4), 0.5)) for key in range(2))
+    wanted = (CertifierRequest(certifier, question, key, lambda: torch.full((1, 4, 4), 0.5)) for key in range(2))
     assert len(list(sampler.run(wanted))) == 2
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -581,8 +533,8 @@ def on_gpu(classifier, batch: int = 512) -> Sampler:
 
 def counts_of(sampler: Sampler) -> dict[int, list[int]]:
     certifier = installed().build("certifiers", {"name": "cohen", "n": 2000, "n0": 100})
-    wanted = [CertifierInquiry(certifier, Question(3), key, lambda key=key: image(key)) for key in range(5)]
-    return {inquiry.key: inquiry.counts.tolist() for inquiry in sampler.run(wanted)}
+    wanted = [CertifierRequest(certifier, Question(3), key, lambda key=key: image(key)) for key in range(5)]
+    return {request.key: request.counts.tolist() for request in sampler.run(wanted)}
 
 
 @pytest.mark.gpu

@@ -122,7 +122,7 @@ def _certify(options: Any, rank: int, world: int, store: Path, mouth: Connection
 
     ResultWriter.append, ResultWriter.finish = append_and_say, say_and_finish  # type: ignore[method-assign]
     if world > 1:
-        certifying.join = lambda: Together(FileStore(str(store), world), rank, world)
+        certifying.join = lambda *_: Together(FileStore(str(store), world), rank, world)
     certifying.certify(options, Silent())
     if rank == 0:
         mouth.send_bytes(DONE)

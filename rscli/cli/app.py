@@ -5,10 +5,12 @@ Nothing slow is imported above: `main` is to hear Ctrl-C before the rest of the 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from typing import Any
 
+from rscli import distributions
 from rscli.cli import interrupts, streams
 from rscli.errors import RscliError
 
@@ -17,6 +19,8 @@ def main() -> None:
     """Runs the command line and exits: with the command's code, or with that of a signal or a stream that does not work."""
     with interrupts.heard():
         streams.secure()
+        faulthandler.enable(2)  # a crash in native code says in which signal it ended, and where
+        distributions.leave_out_broken()
         from rscli.cli import boundary
         from rscli.cli.commands import app
 
@@ -25,12 +29,12 @@ def main() -> None:
                 app()
             finally:
                 sys.stdout.flush()  # here a full disk can still be reported; when the interpreter ends it could not
-        except (RscliError, OSError) as error:  # from outside the commands: --help, --version, and the flush
-            known = boundary.in_words(error)
-            if known is None or os.environ.get(boundary.DEBUG):
+        except (RscliError, OSError) as cause:  # from outside the commands: --help, --version, --plugin, and the flush
+            if os.environ.get(boundary.DEBUG):
                 raise
-            boundary.show(known)
-            sys.exit(known.exit_code)
+            error = boundary.translated(cause) if isinstance(cause, OSError) else cause
+            boundary.show(error)
+            sys.exit(error.exit_code)
 
 
 def __getattr__(name: str) -> Any:

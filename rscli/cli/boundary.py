@@ -10,8 +10,8 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
+from rscli.cli.streams import diverted
 from rscli.errors import RscliError, Stopped
-from rscli.system import system_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,20 +22,26 @@ DEBUG = "RSCLI_DEBUG"
 def boundary(command: Callable[P, R]) -> Callable[P, R]:
     """Wraps a command: our own errors are printed without a traceback and answered with their exit code.
 
-    So is what the operating system refuses, wherever that was (`rscli.system`). Ctrl-C answers 130. Anything else is a defect
-    and keeps its traceback, as does everything with `--debug`.
+    So are errors of the operating system. Ctrl-C answers 130.
+    Anything else is a defect and keeps its traceback, as does everything with `--debug`.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
-        except (RscliError, OSError) as error:
-            known = in_words(error)
-            if known is None or os.environ.get(DEBUG):
+            with diverted():
+                return command(*args, **kwargs)
+        except RscliError as error:
+            if os.environ.get(DEBUG):
                 raise
-            show(known)
-            raise typer.Exit(known.exit_code) from None
+            show(error)
+            raise typer.Exit(error.exit_code) from None
+        except OSError as cause:  # what no reader or writer below has answered
+            if os.environ.get(DEBUG):
+                raise
+            in_words = translated(cause)
+            show(in_words)
+            raise typer.Exit(in_words.exit_code) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -43,11 +49,11 @@ def boundary(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def in_words(error: RscliError | OSError) -> RscliError | None:
-    """An error of ours; one of the system as one of ours; None for an `OSError` that is not the system's, but a library's."""
-    if isinstance(error, RscliError):
-        return error
-    return None if error.errno is None else system_error(error)
+def translated(cause: OSError) -> RscliError:
+    """An error of the operating system in words."""
+    from rscli.runtime.files import explained
+
+    return explained(cause)
 
 
 def show(error: RscliError) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,14 +12,16 @@ from rscli.cli import options as opt
 
 
 def certify(
-    model: Annotated[Path, typer.Argument(help="A model file (model.safetensors), or its run folder.", readable=False)],
-    n: Annotated[int, typer.Option("--n", min=1, max=10**12, help="Samples an image.")] = 100_000,
+    model: Annotated[Path, typer.Argument(help="A model file (model.safetensors), or its run folder.")],
+    n: Annotated[int, typer.Option("--n", min=1, max=10**12, help="Monte Carlo samples per image.")] = 100_000,
     n0: Annotated[
         int | None,
-        typer.Option("--n0", min=1, max=10**12, help="Selection samples an image.  [default: the certifier's; of cohen, 100]"),
+        typer.Option("--n0", min=1, max=10**12, help="Selection samples per image.  [default: the certifier's; of cohen, 100]"),
     ] = None,
-    alpha: Annotated[float, typer.Option("--alpha", help="Probability that a certificate is wrong, at most.")] = 0.001,
-    certifier: Annotated[str, typer.Option("--certifier", help="See `rscli plugins`.")] = "cohen",
+    alpha: Annotated[float, typer.Option("--alpha", help="Failure probability of a certificate, at most.")] = 0.001,
+    certifier: Annotated[
+        str | None, typer.Option("--certifier", help="See `rscli plugins`.  [default: cohen, CERTIFY with fixed n]")
+    ] = None,
     radii: Annotated[
         str | None,
         typer.Option(
@@ -41,17 +42,16 @@ def certify(
     labels: Annotated[
         bool, typer.Option("--labels", help="Test each image's label, not a class chosen first: certified accuracy only.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Result file.  [default: results.tsv beside the model]", readable=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Result file.  [default: results.tsv beside the model]")] = None,
     resume: opt.Resume = False,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
     data_dir: opt.DataDir = opt.DATA_DIR,
     sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
     download: opt.Download = False,
     device: opt.Device = "auto",
     batch: Annotated[
-        int | None, typer.Option("--batch", min=1, max=10**6, help="Samples a forward.  [default: tried, or 256]")
+        int | None, typer.Option("--batch", min=1, max=10**6, help="Batch size per forward pass.  [default: tried, or 256]")
     ] = None,
     precision: opt.Precision = "fp32",
     channels_last: Annotated[
@@ -94,22 +94,31 @@ def certify(
     with --resume and without --shard puts them together.
     """
     from rscli.cli.output import emit_json, listener
+    from rscli.registry import installed
     from rscli.report.tables import acr_text
+    from rscli.runtime.torchrun import launched
     from rscli.sampling.options import SamplingOptions
     from rscli.smoothing.certify import CertifyOptions
     from rscli.smoothing.certify import certify as run
 
     path = model_path(model)
-    settings = _settings(sets or [])
+    name = certifier or installed().default("certifiers")
+    settings = _settings(sets or [], name, path)
     selection = {} if n0 is None else {"n0": n0}
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started; it speaks for all
+    first = launched().rank == 0  # of the processes that torchrun started; it speaks for all
     progress = listener(quiet or not first)
     tally = run(
         CertifyOptions(
             model=path,
             out=out or path.parent / "results.tsv",
             data_dir=data_dir,
-            certifier={"name": certifier, "n": n, "alpha": alpha, **selection, **settings["certifier"]},
+            certifier={
+                "name": name,
+                "n": n,
+                "alpha": alpha,
+                **selection,
+                **settings["certifier"],
+            },
             data=settings["data"],
             split=split,
             start=start,
@@ -123,6 +132,7 @@ def certify(
             sampling=SamplingOptions(device, batch, precision, channels_last, seed, autotune, compile),
         ),
         progress,
+        listener(quiet).note,
     )
     at = f" (both at radius {tally.at_radius!r})" if tally.at_radius else ""
     progress.note(
@@ -139,12 +149,18 @@ def model_path(path: Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
-def _settings(texts: list[str]) -> dict[str, dict[str, Any]]:
+def _settings(texts: list[str], certifier: str, model: Path) -> dict[str, dict[str, Any]]:
     """`--set data.KEY=VALUE` and `--set certifier.KEY=VALUE`, by section. Raises `InputError` for any other key."""
-    from rscli.config.settings import parse_sets
+    from rscli.config.layers import read_sets
+    from rscli.config.settings import Setting, Settings
     from rscli.errors import ConfigError
 
-    chosen, problems = parse_sets(texts)
+    lower: Settings = {("certifier", "name"): Setting(certifier, "--certifier")}
+    if any(text.startswith("data.") for text in texts):
+        from rscli.models.modelfile import read_card
+
+        lower["data", "name"] = Setting(read_card(model).data["name"], "model file")
+    chosen, problems = read_sets(texts, lower, {"data": "datasets", "certifier": "certifiers"})
     found: dict[str, dict[str, Any]] = {"data": {}, "certifier": {}}
     for key, setting in chosen.items():
         if len(key) == 2 and key[0] in found:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rscli.cli import options as opt
+from rscli.cli.streams import answers
 
 
 class Format(StrEnum):
@@ -25,8 +24,7 @@ class Format(StrEnum):
 
 def compare(
     results: Annotated[
-        list[Path],
-        typer.Argument(help="Result files, or folders with a results.tsv; the first is the baseline.", readable=False),
+        list[Path], typer.Argument(help="Result files, or folders with a results.tsv; the first is the baseline.")
     ],
     radii: Annotated[
         str | None, typer.Option("--radii", help="Radii to show besides 0, as 0.25,0.5.  [default: every 0.25]")
@@ -34,18 +32,17 @@ def compare(
     names: Annotated[str | None, typer.Option("--names", help="What to call the results, as A,B.")] = None,
     form: Annotated[Format, typer.Option("--format", help="How to write the tables.")] = Format.table,
     json: opt.Json = False,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Also draw the curves to a .png, .svg or .pdf.", readable=False)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the tables to a file instead of stdout.", readable=False)
-    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the curves to a .png, .svg or .pdf.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the tables to a file instead of stdout.")] = None,
     allow_different: Annotated[
         bool, typer.Option("--allow-different", help="Compare although n, alpha, the radii decided or the like differ.")
     ] = False,
     published: Annotated[
-        bool, typer.Option("--published", help="Put the nearest published row of the same kind beside each result.")
+        bool, typer.Option("--published", help="Put the published row of its preset beside each result.")
     ] = False,
+    reproduces: Annotated[
+        str | None, typer.Option("--reproduces", metavar="PRESET", help="The preset of results that do not record one.")
+    ] = None,
     groups: Annotated[bool, typer.Option("--groups/--no-groups", help="Average runs that differ only in their seed.")] = True,
 ) -> None:
     """Compare results: ACR and certified accuracy with intervals, and paired tests against the first.
@@ -63,9 +60,8 @@ def compare(
 
         rscli compare runs/mnist-cons-0.5/seed* --published
     """
-    from rscli.cli.output import emit_json, stderr, stdout
+    from rscli.cli.output import stderr, stdout
     from rscli.errors import InputError
-    from rscli.report.export import as_json
     from rscli.report.groups import grouped
     from rscli.report.plot import check_plot_path, save_plot
     from rscli.report.published import with_published
@@ -73,31 +69,27 @@ def compare(
     from rscli.report.summary import compare as compared
     from rscli.results.protocol import protocol_path
     from rscli.results.reader import read_results
-    from rscli.runtime.files import write_text
+    from rscli.runtime.files import write_answer
 
     form = Format.json if json else form
     if plot is not None:
         check_plot_path(plot)
     read = [read_results(path) for path in results]
-    if out is not None and os.path.realpath(out) in [
-        os.path.realpath(p) for run in read for p in (run.path, protocol_path(run.path))
-    ]:
+    if out is not None and out.resolve() in [p.resolve() for run in read for p in (run.path, protocol_path(run.path))]:
         raise InputError(f"--out {out} is one of the results, or its protocol", "Choose another file.")
     chosen = names.split(",") if names else ()
     comparison = compared(read, radii=opt.numbers(radii, "--radii"), names=chosen, allow_different=allow_different)
     if groups:
         comparison = grouped(comparison)
-    if published:
-        comparison = with_published(comparison)
+    if published or reproduces is not None:
+        comparison = with_published(comparison, reproduces)
     for note in comparison.notes:
         stderr().print(f"warning: {note}", style="yellow")
     if plot is not None:
         save_plot(comparison, plot)
     if out is not None:
-        write_text(out, render(comparison, form))
+        write_answer(out, render(comparison, form))
     elif form is Format.table:
         print_tables(comparison, stdout())
-    elif form is Format.json:
-        emit_json(as_json(comparison))
     else:
-        sys.stdout.write(render(comparison, form))
+        answers().write(render(comparison, form))

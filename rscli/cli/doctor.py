@@ -28,7 +28,7 @@ def doctor(data_dir: opt.DataDir = opt.DATA_DIR, json: opt.Json = False) -> None
         console.print(heading, style="bold")
         for finding in found:
             mark, style = ("ok", "green") if finding.ok else ("--", "yellow")
-            console.print(f"  {mark} ", end="", style=style)
+            console.print(f"  {mark} ", style=style, end="")
             console.print(finding.text, highlight=False)
             if finding.hint:
                 console.print(f"     {finding.hint}", style="dim", highlight=False)

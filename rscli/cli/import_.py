@@ -16,18 +16,25 @@ if TYPE_CHECKING:
 
 
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="A file of torch.save, or a safetensors state dict.", readable=False)],
+    checkpoint: Annotated[Path, typer.Argument(help="A file of torch.save, or a safetensors state dict.")],
     dataset: Annotated[str, typer.Option("--dataset", help="What it was trained on; see `rscli plugins`.")],
     sigma: Annotated[float, typer.Option("--sigma", help="Noise it was trained for, in [0, 1] pixels.")],
     arch: Annotated[
         str | None, typer.Option("--arch", help="Architecture; see `rscli plugins`.  [default: as the file says]")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Model file to write.", readable=False)] = Path("model.safetensors"),
+    out: Annotated[Path, typer.Option("--out", help="Model file to write.")] = Path("model.safetensors"),
     normalization: Annotated[
         str, typer.Option("--normalization", help="auto, dataset (the data set's), or none; what the file holds comes first.")
     ] = "auto",
-    noise: Annotated[str, typer.Option("--noise", help="Smoothing distribution.")] = "gaussian",
+    ema: Annotated[bool, typer.Option("--ema", help="Take the EMA weights (a moving average), not the plain ones.")] = False,
+    prefix: Annotated[str, typer.Option("--prefix", help="Take only the tensors below this, such as student.")] = "",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", help="Leave out the tensors of this pattern, such as 'criterion.*'; repeatable."),
+    ] = None,
+    noise: Annotated[str | None, typer.Option("--noise", help="Smoothing distribution.  [default: gaussian]")] = None,
     sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
     data_dir: opt.DataDir = opt.DATA_DIR,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
     json: opt.Json = False,
@@ -35,6 +42,7 @@ def import_(
 ) -> None:
     """Import a checkpoint of other code, so that it can be certified: tensors and their description in one model file.
 
+    What a file is, its first bytes say, whatever its suffix. Of plain weights and a moving average (EMA) it takes the plain.
     Reads what the codes of this field publish (arch, state_dict, epoch; names behind module. or 1.), and plain state dicts of
     timm, or of torchvision where timm's network of that name has the same tensors (ResNet, ResNeXt, DenseNet). The field's
     names of architectures are known: lenet, resnet50, cifar_resnet20, cifar_resnet110, cifar_densenet40. Code inside a file is
@@ -43,6 +51,8 @@ def import_(
     Examples:
 
         rscli import checkpoint.pth.tar --dataset cifar10 --sigma 0.5
+
+        rscli import lightning.ckpt --arch timm/resnet18 --dataset cifar10 --sigma 0.5 --ignore 'criterion.*'
 
         rscli import weights.pth --arch cifar-resnet --set arch.depth=110 --dataset cifar10 --sigma 0.5 --normalization none
 
@@ -64,6 +74,9 @@ def import_(
             normalization=normalization,
             sets=tuple(sets or ()),
             force=force,
+            ema=ema,
+            prefix=prefix,
+            ignore=tuple(ignore or ()),
         ),
         progress,
     )

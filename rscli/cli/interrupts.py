@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM outside a run. (A run that can be stopped and resumed listens itself: `rscli.runtime.signals`.)"""
+"""Ctrl-C, SIGTERM and their like outside a run. (One that can be resumed listens itself: `rscli.runtime.signals`.)"""
 
 from __future__ import annotations
 
@@ -10,51 +10,62 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Never
 
-SAID = {
-    signal.SIGINT: "interrupted",
-    signal.SIGTERM: "stopped: the same command begins again, or with --resume goes on where a run had come to",
-}
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+INTERRUPTED = "interrupted"
+STOPPED = "stopped: the same command begins again, or with --resume goes on where a run had come to"
 
 
 class Terminated(BaseException):
-    """SIGTERM. No `Exception`, so that nobody takes it for an error of their own, and files half written are removed."""
+    """A signal other than Ctrl-C. No `Exception`, so that nobody takes it for an error of their own, and half files go."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """While the body runs, Ctrl-C and SIGTERM unwind it, are said in a line, and end the process with 130 or 75.
+    """While the body runs, the signals `STOPPING` unwind it, are said in a line, and end the process with 130 or 75.
 
     A signal that the process was started to ignore (by nohup, say) stays ignored.
     """
-    before = {number: signal.getsignal(number) for number in SAID}
+    from rscli.runtime.signals import STOPPING
+
+    before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         for number, handler in before.items():
             if handler not in (signal.SIG_IGN, None):
                 signal.signal(number, _receive)
         yield
     except (KeyboardInterrupt, Terminated) as cause:
-        number = signal.SIGINT if isinstance(cause, KeyboardInterrupt) else signal.SIGTERM
-        print(SAID[number], file=sys.stderr)
-        sys.exit(CODES[number])
+        stopped_by: int = signal.SIGINT if isinstance(cause, KeyboardInterrupt) else cause.number
+        print(_said(stopped_by), file=sys.stderr)
+        sys.exit(_code(stopped_by))
     finally:
         for number, handler in before.items():
             if handler is not None:
                 signal.signal(number, handler)
 
 
+def _said(number: int) -> str:
+    return INTERRUPTED if number == signal.SIGINT else STOPPED
+
+
+def _code(number: int) -> int:
+    return 130 if number == signal.SIGINT else 75
+
+
 def _receive(number: int, frame: FrameType | None) -> Never:
     """Raises; but where a module is being read, ends the process on the spot.
 
     There an exception would come out as an import that failed, or not at all: modules catch it, and go on without a part of
-    themselves. And nothing is lost: what is being written is written without reading modules.
+    themselves. And nothing is lost: what is being written is written without reading modules. Whether one is being read, only
+    the frames tell: modules are read all along, when a command first needs them.
     """
-    signum = signal.Signals(number)
     if _imports(frame):
         with suppress(OSError):
-            os.write(2, f"{SAID[signum]}\n".encode())
-        os._exit(CODES[signum])
-    raise KeyboardInterrupt if signum is signal.SIGINT else Terminated
+            os.write(2, f"{_said(number)}\n".encode())
+        os._exit(_code(number))
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
 def _imports(frame: FrameType | None) -> bool:

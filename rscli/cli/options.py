@@ -12,10 +12,7 @@ import typer
 from rscli.errors import InputError
 
 DataDir = Annotated[
-    Path,
-    typer.Option(
-        "--data-dir", envvar="RSCLI_DATA_DIR", help="Folder that holds the data sets.", show_default=True, readable=False
-    ),
+    Path, typer.Option("--data-dir", envvar="RSCLI_DATA_DIR", help="Folder that holds the data sets.", show_default=True)
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, ...")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a data set that is missing, if it can be fetched.")]
@@ -23,12 +20,39 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that 
 Json = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one setting; repeatable. A setting of text takes the text, any other TOML, or yes/no, none, 31,61.",
+    ),
 ]
 ChannelsLast = Annotated[bool, typer.Option("--channels-last/--contiguous", help="Memory layout of images and convolutions.")]
 Precision = Annotated[str, typer.Option("--precision", help="fp32, tf32 (CUDA) or bf16; recorded with the result.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, max=10**6, help="Samples a forward; changes the speed, not the noise.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, max=10**6, help="Batch size per forward pass; the noise stays the same.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that read image files.")]
+
+
+def _run_plugin_files(paths: list[Path] | None) -> list[Path] | None:
+    from rscli.cli.streams import diverted
+    from rscli.plugin_files import load_plugin_file
+
+    with diverted():
+        for path in paths or ():
+            load_plugin_file(path)
+    return paths
+
+
+PluginFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        callback=_run_plugin_files,
+        is_eager=True,
+        help="A Python file with plugins of your own: it is run; may be given many times.",
+    ),
+]
 
 DATA_DIR = Path("data")
 WORKERS = min(4, os.cpu_count() or 1)

@@ -12,6 +12,8 @@ from rscli.cli.boundary import boundary
 
 if TYPE_CHECKING:
     from rscli.api import Plugin
+    from rscli.distributions import Problem
+    from rscli.errors import PluginError
     from rscli.registry import Entry
 
 plugins = typer.Typer(invoke_without_command=True)
@@ -19,7 +21,7 @@ plugins = typer.Typer(invoke_without_command=True)
 
 @plugins.callback()
 @boundary
-def listing(context: typer.Context, json: opt.Json = False) -> None:
+def listing(context: typer.Context, json: opt.Json = False, _plugin: opt.PluginFiles = None) -> None:
     """List the installed plugins, or show the settings of one.
 
     The listing has name, package, version and description of each; broken ones are marked.
@@ -34,18 +36,24 @@ def listing(context: typer.Context, json: opt.Json = False) -> None:
         return
     from rich.table import Table
 
-    from rscli.cli.output import cell, emit_json, stdout
-    from rscli.registry import installed
+    from rscli.cli.output import emit_json, stdout
+    from rscli.plugin_trial import descriptions
+    from rscli.registry import installed, problems
 
-    rows = [_row(entry) for entry in installed().entries() if entry.kind != "presets"]
+    told = descriptions(entry for entry in installed().entries() if entry.kind != "presets")
+    rows = [_row(entry, answer) for entry, answer in sorted(told.items(), key=lambda item: _place(item[0]))]
     if json:
+        rows += [_left_out(problem) for problem in problems()]
         emit_json(rows)
         return
     table = Table("kind", "name", "package", "version", "description", box=None, pad_edge=False)
     for row in rows:
-        text = cell("broken:", "red") + cell(f" {row['error']}") if row["error"] else cell(row["description"])
-        table.add_row(*(cell(row[key]) for key in ("kind", "name", "package", "version")), text)
-    stdout().print(table)
+        text = f"broken: {_escape(row['error'])}" if row["error"] else _escape(row["description"])
+        table.add_row(row["kind"], row["name"], row["package"], row["version"], text)
+    console = stdout()
+    console.print(table)
+    for problem in problems():
+        console.print(f"\nleft out: {problem}\n{problem.hint}", markup=False, highlight=False)
 
 
 @plugins.command("info")
@@ -54,6 +62,7 @@ def info(
     kind: Annotated[str, typer.Argument(help="noises, losses, attacks, architectures, datasets or certifiers")],
     name: Annotated[str, typer.Argument(help="As `rscli plugins` lists it; package:name chooses between packages.")],
     json: opt.Json = False,
+    _plugin: opt.PluginFiles = None,
 ) -> None:
     """Show a plugin's settings: type, default, bounds, unit and meaning.
 
@@ -61,7 +70,7 @@ def info(
     """
     from rich.table import Table
 
-    from rscli.cli.output import cell, emit_json, stdout
+    from rscli.cli.output import emit_json, stdout
     from rscli.registry import installed
 
     registry = installed()
@@ -75,21 +84,29 @@ def info(
     console.print(getdoc(plugin) or "", highlight=False)
     table = Table("setting", "type", "default", "bounds", "unit", "meaning", box=None, pad_edge=False)
     for row in fields:
-        table.add_row(*(cell(str(row[key])) for key in ("name", "type", "default", "bounds", "unit", "description")))
+        table.add_row(*(_escape(str(row[key])) for key in ("name", "type", "default", "bounds", "unit", "description")))
     if fields:
         console.print()
         console.print(table)
 
 
-def _row(entry: Entry) -> dict[str, Any]:
-    from rscli.errors import PluginError
-    from rscli.registry import description, load_entry
+def _place(entry: Entry) -> tuple[int, str, str]:
+    from rscli.api import KINDS
 
+    return KINDS.index(entry.kind), entry.name, entry.package
+
+
+def _row(entry: Entry, told: str | PluginError) -> dict[str, Any]:
     row: dict[str, Any] = {"kind": entry.kind, "name": entry.name, "package": entry.package, "version": entry.version}
-    try:
-        return {**row, "description": description(load_entry(entry)), "error": None}
-    except PluginError as error:
-        return {**row, "description": None, "error": error.message}
+    if isinstance(told, str):
+        return {**row, "description": told, "error": None}
+    return {**row, "description": None, "error": told.message}
+
+
+def _left_out(problem: Problem) -> dict[str, Any]:
+    """A row of the JSON for a package whose metadata cannot be used; its kind, `problems`, is none of a plugin's."""
+    empty = {"name": None, "package": None, "version": None, "description": None}
+    return {"kind": "problems", **empty, "error": str(problem), "hint": problem.hint}
 
 
 def _field(key: str, plugin: type[Plugin]) -> dict[str, Any]:
@@ -108,3 +125,9 @@ def _field(key: str, plugin: type[Plugin]) -> dict[str, Any]:
         "unit": field.get("unit", ""),
         "description": field.get("description", ""),
     }
+
+
+def _escape(text: str) -> str:
+    from rscli.text import one_line
+
+    return one_line(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="A model file, or its run folder.", readable=False)],
-    images: Annotated[
-        list[Path], typer.Argument(help="Images, or folders of images, of any common format and size.", readable=False)
-    ],
-    n: Annotated[int, typer.Option("--n", min=1, help="Samples an image.")] = 1000,
-    n0: Annotated[int, typer.Option("--n0", min=1, help="Selection samples an image, with --certify.")] = 100,
-    alpha: Annotated[float, typer.Option("--alpha", help="Probability that an answer is wrong, at most.")] = 0.001,
+    model: Annotated[Path, typer.Argument(help="A model file, or its run folder.")],
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images, of any common format and size.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Monte Carlo samples per image.")] = 1000,
+    n0: Annotated[int, typer.Option("--n0", min=1, help="Selection samples per image, with --certify.")] = 100,
+    alpha: Annotated[float, typer.Option("--alpha", help="Failure probability of an answer, at most.")] = 0.001,
     certify: Annotated[bool, typer.Option("--certify", help="Also give the certified radius.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
     device: opt.Device = "auto",
+    _plugin: opt.PluginFiles = None,
     batch: opt.Batch = 256,
     precision: opt.Precision = "fp32",
     channels_last: opt.ChannelsLast = True,
@@ -43,45 +42,49 @@ def predict(
     """
     from rscli.cli.output import emit_json_line, listener
     from rscli.models.modelfile import load_model
+    from rscli.registry import installed
     from rscli.sampling.options import SamplingOptions
     from rscli.smoothing.certify import build_certifier
     from rscli.smoothing.predict import find_images, vote
     from rscli.smoothing.predict import predict as run
 
-    rule = build_certifier({"name": "cohen", "n": n, "n0": n0, "alpha": alpha}) if certify else vote(n, alpha)
-    loaded, paths = load_model(model_path(model)), find_images(images)
+    usual = {"name": installed().default("certifiers"), "n": n, "n0": n0, "alpha": alpha}
+    rule = build_certifier(usual) if certify else vote(n, alpha)
+    progress = listener(quiet)
+    loaded, paths = load_model(model_path(model)), find_images(images, progress)
     sampling = SamplingOptions(device=device, batch=batch, precision=precision, channels_last=channels_last, seed=seed)
     found = []
-    for prediction in run(loaded, paths, rule, sampling, listener(quiet)):
+    for prediction in run(loaded, paths, rule, sampling, progress):
         found.append(prediction)
         if json:
-            emit_json_line(_plain(prediction))
+            emit_json_line(_plain(prediction, loaded.noise.norm))
     if not json:
         order = {path: position for position, path in enumerate(paths)}
-        _show(sorted(found, key=lambda p: order[p.path]), certify)
+        _show(sorted(found, key=lambda p: order[cast(Path, p.path)]), loaded.noise.norm if certify else None)
     if any(prediction.error for prediction in found):
         raise typer.Exit(1)
 
 
-def _plain(prediction: Prediction) -> dict[str, Any]:
+def _plain(prediction: Prediction, norm: str) -> dict[str, Any]:
     if prediction.error:
         return {"path": str(prediction.path), "error": prediction.error}
     plain = {"path": str(prediction.path), "class": prediction.name, "label": prediction.label}
     plain |= {"share": prediction.share, "n": prediction.n}
-    return plain if prediction.radius is None else plain | {"radius": prediction.radius}
+    return plain if prediction.radius is None else plain | {"radius": prediction.radius, "norm": norm}
 
 
-def _show(predictions: list[Prediction], certify: bool) -> None:
+def _show(predictions: list[Prediction], norm: str | None) -> None:
     from rich.table import Table
 
-    from rscli.cli.output import cell, stderr, stdout
+    from rscli.cli.output import stderr, stdout
     from rscli.stats.metrics import round_down
+    from rscli.text import one_line
 
-    table = Table("image", "class", "share", *(["radius"] if certify else []), box=None, pad_edge=False)
+    table = Table("image", "class", "share", *([f"{norm} radius"] if norm else []), box=None, pad_edge=False)
     for p in predictions:
         if p.error is None:
             radius = [] if p.radius is None else [f"{round_down(p.radius, 4):.4f}"]
-            table.add_row(cell(str(p.path)), cell(p.name), f"{100 * p.share:.1f}%", *radius)
+            table.add_row(one_line(str(p.path)), one_line(p.name), f"{100 * p.share:.1f}%", *radius)
     if table.row_count:
         stdout().print(table)
     for p in predictions:

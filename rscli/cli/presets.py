@@ -28,8 +28,9 @@ def listing(context: typer.Context, json: opt.Json = False) -> None:
         return
     from rich.table import Table
 
-    from rscli.cli.output import cell, emit_json, stdout
+    from rscli.cli.output import emit_json, stdout
     from rscli.config.presets import list_presets
+    from rscli.text import one_line
 
     found = list_presets()
     if json:
@@ -37,8 +38,8 @@ def listing(context: typer.Context, json: opt.Json = False) -> None:
         return
     table = Table("preset", "package", "what it is", box=None, pad_edge=False)
     for preset in found:
-        text = cell(preset.title) if preset.problem is None else cell("broken:", "red") + cell(f" {preset.problem}")
-        table.add_row(cell(preset.name), cell(preset.package), text)
+        text = preset.title if preset.problem is None else f"broken: {preset.problem}"
+        table.add_row(*map(one_line, (preset.name, preset.package, text)))
     stdout().print(table)
 
 

@@ -1,23 +1,27 @@
-"""The standard streams, whatever the program was started with: closed, on a full disk, read by nobody, or not in UTF-8.
+"""The standard streams, whatever the program was started with: closed, on a full disk, or read by nobody.
 
 An answer that cannot be written is an error, said once; a message that cannot be written is left out, since a run of hours
-is worth more than its log. Here is also the one place where all text goes out, whoever wrote it: what a terminal would obey is
-escaped, and what the encoding lacks is written in ASCII (`rscli.text`).
+is worth more than its log.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-from rscli import text as texts
 from rscli.errors import RscliError
+from rscli.text import encodable, visible
 
-FORCED = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS")
-"""Variables by which rich and typer are told to write colours into a pipe."""
+COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+"""What rich writes to colour text, and the only escape that passes to a stream that is not a terminal."""
+
+CONTROL = re.compile(r"(\x1b\[\??[0-9;]*[A-HJKSThlm]|\r)")
+"""On a terminal also what moves the cursor, erases and scrolls: rich's bars live on it."""
 
 
 def secure() -> None:
@@ -26,43 +30,58 @@ def secure() -> None:
     A closed stream would leave its number to the next file that is opened, and what is printed would land in that file.
     Writing to the place of a closed stdout fails, as it must: nobody would get the answer.
     """
-    for name in ("stdout", "stderr"):
-        reconfigure = getattr(getattr(sys, name), "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors=texts.ERRORS)
     for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
         if getattr(sys, name) is None:
             number = os.open(os.devnull, flags)  # the lowest that is free: the one that was closed
             os.set_inheritable(number, True)
-            setattr(sys, name, os.fdopen(number, mode, closefd=False, errors=texts.ERRORS))
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
     sys.stdout = cast(TextIO, _Answers(sys.stdout))
     sys.stderr = cast(TextIO, _Messages(sys.stderr))
 
 
+_answers: list[TextIO] = []
+"""The stdout of the command that runs, while everybody else's is stderr."""
+
+
+@contextmanager
+def diverted() -> Iterator[None]:
+    """While the body runs, what anybody prints goes to stderr; only `answers` still leads to stdout.
+
+    So nothing that a plugin or a library prints gets into an answer that a program reads.
+    """
+    _answers.append(sys.stdout)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout = _answers.pop()
+
+
+def answers() -> TextIO:
+    """Where answers go: the stdout that the program was started with."""
+    return _answers[0] if _answers else sys.stdout
+
+
 class _Stream:
-    """A text stream that is asked what to do when the system refuses to write."""
+    """A text stream that is asked what to do when the system refuses to write.
+
+    It never refuses a character: what its encoding lacks is spelled in ASCII, what a terminal would obey is escaped. The
+    strings of our own consoles are escaped before they are coloured (`rscli.cli.console`); here come those of libraries.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._passing = CONTROL if stream.isatty() else COLOUR
 
     def write(self, text: str) -> int:
-        """Writes `text`, with what a terminal would obey escaped; see the class for what happens if it cannot be written."""
-        self.write_styled(texts.written(text, colours=self.colours))
-        return len(text)
-
-    def write_styled(self, text: str) -> None:
-        """Writes `text` as it is: for `rscli.cli.output`, whose consoles move the cursor, and have escaped what they show."""
+        """Writes `text`; see the class for what happens if it cannot be written."""
         if text == "":  # click tries this on, and would take no notice of a refusal
-            return
+            return 0
         try:
-            self._stream.write(text)
+            self._stream.write(self._shown(text))
         except OSError as cause:
             self.refused(cause)
-
-    @cached_property
-    def colours(self) -> bool:
-        """Whether colours are let through: on a terminal, and where somebody asks for them."""
-        return any(os.environ.get(name) for name in FORCED) or self._stream.isatty()
+        return len(text)
 
     def flush(self) -> None:
         """Hands everything to the system."""
@@ -70,6 +89,11 @@ class _Stream:
             self._stream.flush()
         except OSError as cause:
             self.refused(cause)
+
+    def _shown(self, text: str) -> str:
+        pieces = self._passing.split(text)  # every second one is an escape that may pass
+        shown = "".join(piece if place % 2 else visible(piece) for place, piece in enumerate(pieces))
+        return encodable(shown, self._stream.encoding or "utf-8")
 
     def refused(self, cause: OSError) -> None:
         """What to do about it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,21 +20,22 @@ if TYPE_CHECKING:
 
 def train(
     preset: Annotated[str | None, typer.Option("--preset", help="Start from a row of a paper: see `rscli presets`.")] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="A TOML file of settings, above the preset.", readable=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="A TOML file of settings, above the preset.")] = None,
     sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", help="Several seeds one after the other, as 0,1,2: a run folder seedK for each.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Run folder, or with --seeds where they go.  [default: runs/NAME/seedK]", readable=False),
+        Path | None, typer.Option("--out", help="Run folder, or with --seeds where they go.  [default: runs/NAME/seedK]")
     ] = None,
     data_dir: opt.DataDir = opt.DATA_DIR,
     device: opt.Device = "auto",
-    channels_last: opt.ChannelsLast = True,
+    channels_last: Annotated[
+        bool | None,
+        typer.Option("--channels-last/--contiguous", help="Memory layout.  [default: channels-last, where that is safe]"),
+    ] = None,
     workers: opt.Workers = opt.WORKERS,
     download: opt.Download = False,
     resume: opt.Resume = False,
@@ -83,6 +84,8 @@ def train(
     if len(runs) > 1 and not resume:
         _check_unused(runs)
     progress = listener(quiet)
+    for note in every[0].notes:
+        progress.note(note)
     answers = []
     for resolved, options in runs:
         if len(runs) > 1:
@@ -126,7 +129,9 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     """The dry run: configuration with sources, size of the network, steps, files; several runs differ in seed and files."""
     from rich.table import Table
 
-    from rscli.cli.output import cell, emit_json, stdout
+    from rscli.cli.output import emit_json, stdout
+    from rscli.config.settings import dotted, leaves
+    from rscli.text import one_line
     from rscli.training.train import outlook
 
     plans = [outlook(resolved, how) for resolved, how in runs]
@@ -140,27 +145,17 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     resolved, plan = runs[0][0], plans[0]
     seeds = ", ".join(str(one.config.seed) for one, _ in runs)
     table = Table("setting", "value", "source", box=None, pad_edge=False)
-    for key, value in leaves(resolved.as_dict()):
+    for path, value in leaves(resolved.as_dict()):
+        key = dotted(path)
         shown = (key, seeds if key == "seed" else str(value), resolved.sources.get(key, "default"))
-        table.add_row(*map(cell, shown))
+        table.add_row(*map(one_line, shown))
     console = stdout()
     console.print(table)
     images = "unknown until the data are there" if plan.images is None else f"{plan.images:,}"
-    steps = "unknown" if plan.steps_an_epoch is None else f"{plan.steps_an_epoch:,}"
+    steps = "unknown" if plan.steps_per_epoch is None else f"{plan.steps_per_epoch:,}"
     console.print(f"\nparameters      {plan.parameters:,}", highlight=False)
     console.print(f"training images {images}", highlight=False)
     chunks = f" (each batch in {plan.chunks} chunks, a step each)" if plan.chunks > 1 else ""
-    console.print(f"steps an epoch  {steps}{chunks}", highlight=False)
+    console.print(f"steps per epoch  {steps}{chunks}", highlight=False)
     files = [str(file) for plan in plans for file in plan.files]
     console.print("would write     " + "\n                ".join(files), highlight=False)
-
-
-def leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The leaves of nested dictionaries as (dotted key, value)."""
-    found: list[tuple[str, Any]] = []
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            found += leaves(item, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", item))
-    return found

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
+from rscli.config.decode import LARGEST_JSON, LARGEST_TOML, check_size, decode_json, decode_toml
 from rscli.errors import InputError
-from rscli.system import check_regular, system_error
+
+_YAML = re.compile(r"\A(?:\s|#[^\n]*\n)*(?:---\s|(?:- +)?[\w.\"'-]+ *:(?:\s|\Z))")
+"""How YAML begins, after comments: with `---`, or `key:`."""
+
+_IN_TOML = "Write `epochs = 90` for `epochs: 90`, and a section as `[optimizer]`; `rscli presets show NAME` shows a file."
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -18,33 +21,25 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises `InputError`, naming the line, if the file is missing or broken.
     """
     form = "JSON" if path.suffix == ".json" else "TOML"
+    text = ""
     try:
-        check_regular(path, "configuration file", "Check the path after --config.")
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark in front
-        settings = json.loads(text) if form == "JSON" else tomllib.loads(text)
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no file, so it is no configuration", "Name a TOML or JSON file.")
+        check_size(path, LARGEST_JSON if form == "JSON" else LARGEST_TOML)
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte order mark
+        settings = decode_json(text) if form == "JSON" else decode_toml(text)
+    except FileNotFoundError as cause:
+        raise InputError(f"there is no configuration file {path}", "Check the path after --config.") from cause
     except ValueError as cause:  # both decoders name line and column; text that is not UTF-8 is a ValueError as well
-        raise _broken(path, form, cause) from cause
+        if path.suffix.lower() in (".yaml", ".yml") or (form == "TOML" and _YAML.search(text)):
+            raise InputError(f"{path} is YAML; a configuration is TOML or JSON", _IN_TOML) from cause
+        hint = "Fix that line; `rscli presets show NAME` shows a file to copy from."
+        raise InputError(f"{path} is not valid {form}: {cause}", hint) from cause
     except OSError as cause:
-        raise system_error(cause, path, "read the configuration file") from cause
+        hint = "Check the path after --config, and whether you may read the file."
+        raise InputError(f"the configuration file {path} cannot be read: {cause.strerror}", hint) from cause
     if form == "JSON" and isinstance(settings, dict) and isinstance(settings.get("config"), dict):
         settings = settings["config"]  # a run folder keeps the sources of the values beside them
     if not isinstance(settings, dict):
         raise InputError(f"{path} holds no table of settings", "A configuration is a table: epochs, batch, [data], [arch], ...")
     return settings
-
-
-_YAML = re.compile(r"^(---|%YAML\b.*|[ \t]*[\w.-]+:([ \t].*)?)$", re.MULTILINE)
-"""A line that begins a YAML document, or says `key:` or `key: value`; TOML and JSON have none like it."""
-
-
-def _broken(path: Path, form: str, cause: ValueError) -> InputError:
-    """What is wrong with a file that does not decode: its encoding, that it is YAML, or the line that the decoder names."""
-    start = path.read_bytes()[: 2**20]
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return InputError(f"{path} is UTF-16 text, not UTF-8", "Save it as UTF-8 in your editor.")
-    if path.suffix.lower() in (".yaml", ".yml") or _YAML.search(start.decode("utf-8-sig", "replace").replace("\r\n", "\n")):
-        hint = 'Write `epochs = 5` and, for a section, a line [data] above `name = "digits"`; `rscli presets` lists examples.'
-        return InputError(f"{path} looks like YAML, and configurations are {form}: {cause}", hint)
-    return InputError(
-        f"{path} is not valid {form}: {cause}", "Fix that line; `rscli presets show NAME` shows a file to copy from."
-    )

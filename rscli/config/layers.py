@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,29 +18,52 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from rscli import registry
-from rscli.api import Architecture, Attack, Dataset, Loss, Noise, Plugin, Provenance, fields_of
+from rscli.api import (
+    Architecture,
+    Attack,
+    Callback,
+    Dataset,
+    Logger,
+    Loss,
+    Noise,
+    Optimizer,
+    Plugin,
+    Provenance,
+    Schedule,
+    fields_of,
+)
 from rscli.config.files import read_settings
 from rscli.config.presets import load_preset
 from rscli.config.problems import FINITE, Problems
-from rscli.config.schema import SECTIONS, Optimizer, Schedule, TrainConfig
+from rscli.config.schema import GROUPS, SECTIONS, TrainConfig
 from rscli.config.settings import Key, Setting, Settings, dotted, flatten, leaves, nest, parse_sets, scalars, stack
+from rscli.config.words import field_type
 from rscli.errors import PluginError
 
-DEFAULTS: Settings = {("noise", "name"): Setting("gaussian", "default")}
-"""The defaults that neither the schema nor a plugin can say."""
+
+def defaults() -> Settings:
+    """What neither the schema nor a plugin can say: the usual noise, optimiser and schedule, as the core plugins announce."""
+    return {
+        (section, "name"): Setting(registry.installed().default(SECTIONS[section]), "default")
+        for section in ("noise", "optimizer", "schedule")
+    }
 
 
 @dataclass(frozen=True)
 class Resolved:
     """A configuration that holds: values, the plugins built from them, and the layer that each value came from.
 
-    `plugins` maps a section to its plugin; `sources` maps a dotted key to `default`, `preset NAME`, a file, `--set` or a flag.
+    `plugins` maps a section to its plugin, `groups` a section of several to its plugins by name; `sources` maps a dotted key to
+    `default`, `preset NAME`, a file, `--set` or a flag. `notes` says which keys were given under names of an earlier version.
     """
 
     config: TrainConfig
     plugins: dict[str, Plugin]
+    groups: dict[str, dict[str, Plugin]]
     sources: dict[str, str]
     provenance: list[Provenance]
+    preset: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def dataset(self) -> Dataset:
@@ -67,6 +91,33 @@ class Resolved:
         return cast("Attack | None", self.plugins.get("attack"))
 
     @property
+    def optimizer(self) -> Optimizer:
+        """The optimiser."""
+        return cast(Optimizer, self.plugins["optimizer"])
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate over the epochs."""
+        return cast(Schedule, self.plugins["schedule"])
+
+    @property
+    def loggers(self) -> dict[str, Logger]:
+        """What keeps the figures of a run, by name."""
+        return cast(dict[str, Logger], self.groups["loggers"])
+
+    @property
+    def callbacks(self) -> dict[str, Callback]:
+        """What happens during training, by name."""
+        return cast(dict[str, Callback], self.groups["callbacks"])
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What departs from the preset: values by dotted key, of all that came from a layer above it."""
+        given = {dotted(key): value for key, value in leaves(self.as_dict())}
+        below = ("default", f"preset {self.preset}")
+        return {key: value for key, value in given.items() if self.sources[key] not in below}
+
+    @property
     def chunked(self) -> bool:
         """Whether a batch is split into m chunks: as `chunk` says, or else as the loss wants."""
         return self.loss.chunked if self.config.chunk is None else self.config.chunk
@@ -86,55 +137,134 @@ def resolve(
 
     Raises `ConfigError` with every problem of the values, and `InputError` for an unknown preset or a file that cannot be read.
     """
-    settings = DEFAULTS
+    settings = defaults()
     if preset is not None:
         settings = stack(settings, flatten(load_preset(preset).settings, f"preset {preset}"))
     if config_file is not None:
         values = read_settings(config_file)
         values.pop("preset", None)  # the file may be a copy of a preset, which says in that section what it is
         settings = stack(settings, flatten(values, str(config_file)))
-    chosen, malformed = parse_sets(sets)
+    chosen, malformed = read_sets(sets, settings)
     settings = stack(settings, chosen)
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     settings = stack(settings, {tuple(key.split(".")): Setting(value, _flag(key)) for key, value in given.items()})
-    return _assemble(settings, malformed)
+    return _assemble(settings, malformed, preset)
+
+
+def read_sets(sets: Iterable[str], lower: Settings, kinds: Mapping[str, str] = SECTIONS) -> tuple[Settings, list[str]]:
+    """The settings in the texts of `--set` over `lower`, each read for its field, and a line for each text that is none.
+
+    `kinds` maps the sections that name a plugin to its kind. A plugin that is unknown or does not load is passed over here.
+    """
+    sets = list(sets)
+    named = stack(lower, parse_sets(sets, lambda key: str if key[-1] == "name" else Any)[0])
+    models: dict[str, type[Plugin]] = {}
+    for section, kind in kinds.items():
+        name = named.get((section, "name"))
+        if name is not None and isinstance(name.value, str):
+            with suppress(PluginError):
+                models[section] = registry.installed().load(kind, name.value)
+
+    def type_of(key: Key) -> Any:
+        if key[0] in GROUPS:
+            return _type_in_group(key)
+        if len(key) == 1 or key[0] not in kinds:
+            return field_type(TrainConfig, key)
+        if key[1:] == ("name",):
+            return str
+        model = models.get(key[0])
+        return Any if model is None else field_type(model, (model.renamed.get(key[1], key[1]), *key[2:]))
+
+    return parse_sets(sets, type_of)
+
+
+def _type_in_group(key: Key) -> Any:
+    """The type of a field such as `callbacks.checkpoint.every`; unknown for a plugin as a whole, and where there is none."""
+    if len(key) > 2:
+        with suppress(PluginError):
+            return field_type(registry.installed().load(key[0], key[1]), key[2:])
+    return Any
 
 
 def rebuild(config: Mapping[str, Any], source: str = "saved configuration") -> Resolved:
     """The configuration that `Resolved.as_dict` wrote down. Raises `ConfigError` if it no longer fits the installed plugins."""
-    return _assemble(stack(DEFAULTS, flatten(config, source)))
+    return _assemble(stack(defaults(), flatten(config, source)))
 
 
-def _assemble(settings: Settings, malformed: Iterable[str] = ()) -> Resolved:
+def _assemble(settings: Settings, malformed: Iterable[str] = (), preset: str | None = None) -> Resolved:
     """Validates everything, builds the plugins, and fills in their defaults."""
+    settings, notes = _with_new_names(settings)
     problems = Problems(settings, malformed)
     for key, setting in settings.items():
         if any(isinstance(number, float) and not math.isfinite(number) for number in scalars(setting.value)):
             problems.add(key, FINITE)
     nested = nest(settings)
     sections = {name: nested.pop(name, None) for name in SECTIONS}
+    several = {name: nested.pop(name, {}) for name in GROUPS}
     head = _head(nested, problems)
     plugins = {name: plugin for name, given in sections.items() if (plugin := build_section(name, given, problems)) is not None}
+    groups = {name: _build_group(name, given, problems) for name, given in several.items()}
     if head is not None and "loss" in plugins:
         _check_chunks(head, cast(Loss, plugins["loss"]), problems)
     problems.check()
     assert head is not None  # for mypy: without a head there was a problem
     names = {name: str(sections[name]["name"]) for name in plugins}
-    config = head.model_copy(update={name: full_section(name, names[name], plugin) for name, plugin in plugins.items()})
+    full: dict[str, Any] = {name: full_section(name, names[name], plugin) for name, plugin in plugins.items()}
+    full |= {group: {name: dict(fields_of(plugin)) for name, plugin in built.items()} for group, built in groups.items()}
+    config = head.model_copy(update=full)
     origins = {dotted(key): _origin(key, settings) for key, _ in leaves(config.model_dump(mode="json"))}
-    provenance = [registry.installed().provenance(SECTIONS[name], names[name]) for name in plugins]
-    return Resolved(config, plugins, origins, provenance)
+    found = registry.installed()
+    provenance = [found.provenance(SECTIONS[name], names[name]) for name in plugins]
+    provenance += [found.provenance(group, name) for group, built in groups.items() for name in built]
+    return Resolved(config, plugins, groups, origins, provenance, preset, notes)
+
+
+def _with_new_names(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """`settings` with the names that fields have now, and a note for each that had another one in an earlier version."""
+    found, notes = dict(settings), []
+    for section, kind in SECTIONS.items():
+        named = settings.get((section, "name"))
+        try:
+            renamed = registry.installed().load(kind, str(named.value)).renamed if named else {}
+        except PluginError:
+            continue  # said when the section is built
+        for old, new in renamed.items():
+            if (section, old) in found and (section, new) not in found:
+                found[section, new] = found.pop((section, old))
+                notes.append(f"{section}.{old} is called {section}.{new} now ({found[section, new].source})")
+    return found, tuple(notes)
 
 
 def _head(nested: dict[str, Any], problems: Problems) -> TrainConfig | None:
     """Everything but the plugins' sections, which stay empty here."""
-    problems.models |= {"": TrainConfig, "optimizer": Optimizer, "schedule": Schedule}
-    given = {"optimizer": {}, "schedule": {}, **nested}
+    problems.models |= {"": TrainConfig}
     try:
-        return TrainConfig(**given, data={}, arch={}, noise={}, loss={})
+        return TrainConfig(**nested, data={}, arch={}, noise={}, loss={}, optimizer={}, schedule={})
     except ValidationError as error:
-        problems.add_errors(error, (), given)
+        problems.add_errors(error, (), nested)
         return None
+
+
+def _build_group(group: str, given: Any, problems: Problems) -> dict[str, Plugin]:
+    """The plugins of a section that holds several, by name: those given, and the usual one unless it is set to none."""
+    if not isinstance(given, dict | None):
+        problems.add((group,), f"is a section of plugins; write {group}.NAME={{}}")
+        return {}
+    found, built = registry.installed(), {}
+    for name, fields in {found.default(group): {}, **(given or {})}.items():
+        if fields is None:
+            continue
+        if not isinstance(fields, dict):
+            problems.add((group, name), f"is a table of settings; write {group}.{name}={{}}, or none to leave it out")
+            continue
+        try:
+            problems.models[f"{group}.{name}"] = found.load(group, name)
+            built[name] = found.build(group, {**fields, "name": name})
+        except PluginError as error:
+            problems.add((group, name), f"{error.message}. {error.hint}" if error.hint else error.message)
+        except ValidationError as error:
+            problems.add_errors(error, (group, name), fields)
+    return built
 
 
 def build_section(section: str, given: Any, problems: Problems, kind: str | None = None) -> Plugin | None:

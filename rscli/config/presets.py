@@ -10,6 +10,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def published_for(preset: str) -> PublishedRow | None:
     row = next((row for row in published_rows() if row.key == key), None)
     if row is None:
         raise InputError(
-            f"the preset {preset} names published figures that no table holds: {key}", "Mend its [preset.published]."
+            f"the preset {preset} names published figures that no table holds: {key}", "Fix its [preset.published]."
         )
     return row
 
@@ -104,16 +105,26 @@ def _files() -> list[_File]:
 def _of_package(entry: registry.Entry) -> Iterator[_File]:
     module = entry.target.partition(":")[0]
     try:
-        spec = find_spec(module)
-        folders = list(spec.submodule_search_locations or []) if spec else []
+        folders = _locate(module)
         problem = None if folders else f"there is no package {module}"
-    except (Exception, SystemExit) as cause:  # a parent package is imported, and may do anything
+    except Exception as cause:  # a finder of somebody else's, or a name that is none
         folders, problem = [], f"{module} cannot be located: {type(cause).__name__}: {cause}"
     if problem:
         yield _File(entry.name, entry, None, problem)
     for folder in folders:
         for path in sorted(Path(folder).glob("*.toml")):
             yield _File(path.stem, entry, path)
+
+
+def _locate(module: str) -> list[str]:
+    """The folders of a package. Not even its parents are imported, as `find_spec` would: they may do anything."""
+    first, *rest = module.split(".")
+    spec = find_spec(first)
+    for name in rest:
+        if spec is None:
+            break
+        spec = PathFinder.find_spec(name, list(spec.submodule_search_locations or []))
+    return list(spec.submodule_search_locations or []) if spec else []
 
 
 def _one_a_folder(files: list[_File]) -> list[_File]:
@@ -158,7 +169,7 @@ def _find(name: str) -> _File:
 
 def _path(file: _File) -> Path:
     if file.path is None:
-        raise PluginError(f"the presets {file.name!r} of {file.entry.package} cannot be used: {file.problem}", _mend(file))
+        raise PluginError(f"the presets {file.name!r} of {file.entry.package} cannot be used: {file.problem}", _fix(file))
     return file.path
 
 
@@ -170,9 +181,9 @@ def _load(file: _File) -> Preset:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(["preset", *map(str, first["loc"])])
-        raise InputError(f"the preset {file.name} is broken: {where}: {first['msg']} ({path})", _mend(file)) from error
+        raise InputError(f"the preset {file.name} is broken: {where}: {first['msg']} ({path})", _fix(file)) from error
     return Preset(file.name, file.entry.package, file.entry.version, path, header, settings)
 
 
-def _mend(file: _File) -> str:
+def _fix(file: _File) -> str:
     return f"Update or uninstall {file.entry.package} {file.entry.version}; other presets are not affected."

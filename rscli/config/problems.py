@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rscli.config.schema import SECTIONS
-from rscli.config.settings import Key, Settings, dotted
-from rscli.errors import ConfigError
+from rscli.config.settings import Key, Settings, dotted, shortened
+from rscli.errors import MOST_TOLD, ConfigError
 
 FINITE = "must be a finite number"
 
@@ -41,7 +41,8 @@ class Problems:
         for detail in error.errors(include_url=False, include_context=False):
             key = section + _path(detail["loc"], given)
             if detail["type"] == "extra_forbidden":
-                self._unknown += [leaf for leaf in self.settings if leaf[: len(key)] == key]
+                whole = key in self.settings or len(self._unknown) > MOST_TOLD  # those are only counted: no search for each
+                self._unknown += [key] if whole else [leaf for leaf in self.settings if leaf[: len(key)] == key]
             elif detail["type"] == "missing":
                 self.add(key, self._missing(key))
             else:
@@ -49,8 +50,8 @@ class Problems:
 
     def check(self) -> None:
         """Raises `ConfigError` with a line for every problem, if there is any."""
-        for key in self._unknown:
-            self.add(key, self._unknown_rule(key))
+        for place, key in enumerate(self._unknown):
+            self.add(key, self._unknown_rule(key) if place < MOST_TOLD else "unknown key")
         order = {key: place for place, key in enumerate(self.settings)}
         keys = sorted(self._rules, key=lambda key: order.get(key, len(order)))
         lines = self._lines + [f"{self._where(key)}: {' or '.join(self._rules[key])}" for key in keys]
@@ -59,7 +60,8 @@ class Problems:
 
     def _where(self, key: Key) -> str:
         setting = self.settings.get(key)
-        return dotted(key) if setting is None else f"{dotted(key)} = {_shown(setting.value)} ({setting.source})"
+        name = shortened(dotted(key))
+        return name if setting is None else f"{name} = {_shown(setting.value)} ({setting.source})"
 
     def _missing(self, key: Key) -> str:
         model = self.models.get(key[0] if len(key) > 1 else "")
@@ -91,6 +93,7 @@ class Problems:
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
     """The known dotted key that `key` most likely means: its last part right, or a small slip anywhere. None: none is near."""
+    key = key[-100:]  # likeness takes time with the square of the length
     last = key.rpartition(".")[2]
 
     def likeness(other: str) -> tuple[float, float]:
@@ -139,4 +142,4 @@ def _rule(detail: ErrorDetails) -> str:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return shortened(json.dumps(value, ensure_ascii=False, default=str))

@@ -1,63 +1,36 @@
 """What a training configuration says: its sections, their types, bounds and units.
 
-The sections `data`, `arch`, `noise`, `loss` and `attack` each name a plugin and give its fields. The plugin class itself says
-which fields there are, so here they are plain tables; everything else is written down below.
+Most sections name a plugin and give its fields; `loggers` and `callbacks` hold several. The plugin class itself says which
+fields there are, so here they are plain tables; everything else is written down below.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from rscli.api import unit
 
-SECTIONS = {"data": "datasets", "arch": "architectures", "noise": "noises", "loss": "losses", "attack": "attacks"}
+SECTIONS = {
+    "data": "datasets",
+    "arch": "architectures",
+    "noise": "noises",
+    "loss": "losses",
+    "attack": "attacks",
+    "optimizer": "optimizers",
+    "schedule": "schedules",
+}
 """The sections that name a plugin, and the kind of plugin they name."""
+
+GROUPS = ("loggers", "callbacks")
+"""The sections that hold any number of plugins of that kind, each a table under its name: `[callbacks.checkpoint]`."""
 
 
 class Section(BaseModel):
     """A part of a configuration: frozen, strict about types (but 1 is a float too), unknown keys and NaN refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
-
-
-class Optimizer(Section):
-    """Stochastic gradient descent with momentum; weight decay on every parameter."""
-
-    lr: float = Field(gt=0, description="learning rate before its first drop", json_schema_extra=unit("1"))
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum", json_schema_extra=unit("1"))
-    weight_decay: float = Field(1e-4, ge=0, description="L2 penalty on all parameters", json_schema_extra=unit("1"))
-    nesterov: bool = Field(False, description="Nesterov's form of the momentum")
-
-    @field_validator("nesterov")
-    @classmethod
-    def _needs_momentum(cls, nesterov: bool, info: ValidationInfo) -> bool:
-        if nesterov and info.data.get("momentum") == 0:
-            raise ValueError("needs optimizer.momentum > 0")
-        return nesterov
-
-
-class Schedule(Section):
-    """A step schedule: the learning rate drops after certain epochs."""
-
-    drops: tuple[int, ...] = Field(
-        (),
-        strict=False,
-        description="numbers of finished epochs after which the learning rate is multiplied by factor",
-        json_schema_extra=unit("epochs"),
-    )
-    factor: float = Field(
-        0.1, gt=0, le=1, description="what a drop multiplies the learning rate by", json_schema_extra=unit("1")
-    )
-
-    @field_validator("drops")
-    @classmethod
-    def _increasing(cls, drops: tuple[int, ...]) -> tuple[int, ...]:
-        if any(drop < 1 for drop in drops) or any(b <= a for a, b in pairwise(drops)):
-            raise ValueError("must be increasing numbers of epochs, the first at least 1")
-        return drops
 
 
 class TrainConfig(Section):
@@ -76,8 +49,10 @@ class TrainConfig(Section):
     noise: dict[str, Any] = Field(description="the smoothing distribution")
     loss: dict[str, Any] = Field(description="the objective")
     attack: dict[str, Any] | None = Field(None, description="what moves the clean images before the noise is added")
-    optimizer: Optimizer = Field(description="the optimiser")
-    schedule: Schedule = Field(description="the learning rate over the epochs")
+    optimizer: dict[str, Any] = Field(description="the optimiser")
+    schedule: dict[str, Any] = Field(description="the learning rate over the epochs")
+    loggers: dict[str, Any] = Field(default_factory=dict, description="what keeps the figures of a run, by name")
+    callbacks: dict[str, Any] = Field(default_factory=dict, description="what happens during training, by name")
 
 
 class PublishedKey(Section):
@@ -105,7 +80,7 @@ def chunk_count(images: int, m: int) -> int:
 
 
 def steps_per_epoch(n_images: int, batch: int, m: int, chunked: bool = True) -> int:
-    """Optimiser steps an epoch over `n_images` images in batches of `batch`, the last one possibly short.
+    """Optimiser steps per epoch over `n_images` images in batches of `batch`, the last one possibly short.
 
     With `chunked`, each batch is split into at most `m` chunks of equal size (the last possibly smaller), with one step each.
     """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rscli.config.decode import DEEPEST, BoundError
 from rscli.config.schema import SECTIONS
+from rscli.config.words import read_word
 
 Key = tuple[str, ...]
 """A dotted key, split: `loss.lbd` is `("loss", "lbd")`."""
@@ -30,6 +31,11 @@ def dotted(key: Key) -> str:
     return ".".join(key)
 
 
+def shortened(text: str, length: int = 120) -> str:
+    """The beginning of a text that is too long for a message."""
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def flatten(values: Mapping[str, Any], source: str) -> Settings:
     """Nested tables as flat settings. An empty section says nothing; an empty table inside a section is a value."""
     return {key: Setting(value, source) for key, value in leaves(values) if not (value == {} and len(key) == 1)}
@@ -45,10 +51,10 @@ def stack(lower: Settings, higher: Settings) -> Settings:
     return _overlay({key: setting for key, setting in lower.items() if key[0] not in renamed}, higher)
 
 
-def parse_sets(sets: Iterable[str]) -> tuple[Settings, list[str]]:
+def parse_sets(sets: Iterable[str], types: Callable[[Key], Any] = lambda _: Any) -> tuple[Settings, list[str]]:
     """The settings in `key=value` texts, the last one of a key winning; and a line for each text of another shape.
 
-    A value is read as TOML; what is no TOML is a plain string, and the bare word none takes a value away.
+    A value is read as `read_word` says, for a field of the type `types(key)`; `Any`, where it is not known.
     """
     settings: Settings = {}
     malformed = []
@@ -56,9 +62,16 @@ def parse_sets(sets: Iterable[str]) -> tuple[Settings, list[str]]:
         key, equals, value = text.partition("=")
         parts = tuple(part.strip() for part in key.split("."))
         if not equals or not all(parts):
-            malformed.append(f"--set {text!r}: must read key=value, such as --set loss.lbd=5")
+            malformed.append(f"--set {shortened(text)!r}: must read key=value, such as --set loss.lbd=5")
             continue
-        nested: Any = _value(value.strip())
+        if len(parts) > DEEPEST:
+            malformed.append(f"--set {shortened(text)!r}: the key has {len(parts)} parts, and at most {DEEPEST} are read")
+            continue
+        try:
+            nested: Any = read_word(value.strip(), types(parts))
+        except BoundError as error:
+            malformed.append(f"--set {shortened(text)!r}: {error}")
+            continue
         for part in reversed(parts):
             nested = {part: nested}
         settings = _overlay(settings, flatten(nested, "--set"))
@@ -86,6 +99,12 @@ def leaves(values: Mapping[str, Any], start: Key = ()) -> Iterator[tuple[Key, An
             yield key, value
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The leaves in which two nested tables differ: (dotted key, old value, new value); None for a missing one."""
+    before, now = ({dotted(key): value for key, value in leaves(table)} for table in (old, new))
+    return [(key, before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
 def scalars(value: Any) -> Iterator[Any]:
     """Every value inside lists and tables, or the value itself."""
     if isinstance(value, list | tuple):
@@ -106,13 +125,3 @@ def _overlay(lower: Settings, higher: Settings) -> Settings:
         if key not in starts and not any(key[:n] in higher for n in range(len(key)))
     }
     return {**kept, **higher}
-
-
-def _value(text: str) -> Any:
-    if text == "none":
-        return None
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return parsed["value"] if len(parsed) == 1 else text  # a line break could smuggle in another key

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +24,25 @@ from torch.utils import data as torch_data
 
 from rscli.api import Augmentation, Dataset, DataSpec, FileImages, MemoryImages, Transform
 from rscli.data.transforms import Moves, apply_moves, augment, draw_moves, load_image, load_resized_crop, moves_images
-from rscli.errors import InputError, PluginError
+from rscli.errors import InputError
+from rscli.runtime.files import explained
+from rscli.runtime.guard import broken, calling
+from rscli.runtime.readers import read, stay_in_the_background
 from rscli.runtime.seeds import derive, generator
 
+SAMPLED = 1024
+"""Files whose bytes are looked at, to see whether the images are still the same."""
 CACHE_CHUNK = 256
 """Images that a worker decodes at a time when a split of files is brought into memory."""
+
+
+def spec_of(dataset: Dataset, root: Path) -> DataSpec:
+    """What a model must know of `dataset`. Raises `PluginError` if the plugin fails, or says anything but a `DataSpec`."""
+    with calling(dataset, "spec"):
+        spec = dataset.spec(root)
+    if not isinstance(spec, DataSpec):
+        raise broken(dataset, "spec", f"returned {spec!r:.80}, which is no DataSpec")
+    return spec
 
 
 def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, download: bool = False, workers: int = 0) -> Split:
@@ -36,13 +51,28 @@ def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, down
     Raises `InputError` if the split or its files are missing, `PluginError` if the plugin returns anything but what its
     contract promises.
     """
-    found = dataset.load(split, root, download=download)
-    _verify(type(dataset).__name__, found, spec)
+    with calling(dataset, "load"):
+        found = dataset.load(split, root, download=download)
+    problem = _images_problem(found, spec)
+    if problem:
+        raise broken(dataset, "load", problem)
     if isinstance(found, MemoryImages):
         return MemorySplit(found.images, found.labels, spec)
     files = FileSplit(found.paths, found.labels, spec, workers=workers)
     cache = found.cache and not spec.augmentation.resized_crop
-    return files.in_memory() if cache else files
+    opened: Split = files.in_memory() if cache else files
+    opened.note = found.note
+    return opened
+
+
+class Batch(NamedTuple):
+    """Images of a training batch: float32 (b, channel, height, width) in [0, 1]; their labels, int64 (b,); and their places in
+    the split, int64 (b,), on the CPU.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
 
 
 # --- splits ------------------------------------------------------------------------------------------------------------------
@@ -55,6 +85,8 @@ class Split(ABC):
         self.labels = labels
         """int64 (n,)"""
         self.spec = spec
+        self.note = ""
+        """What the data set has to say of the split, for the user to read once."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,14 +100,24 @@ class Split(ABC):
         """A SHA-256 (hex) that tells this split from another: the same images in the same order have the same one."""
 
     @abstractmethod
+    def content(self) -> str:
+        """A SHA-256 (hex) of the pixels; of a split that stays in files, of `SAMPLED` of them, evenly spread, or of all."""
+
+    @abstractmethod
     def image(self, index: int) -> Tensor:
         """Image `index` under the test transform: float32 (channel, height, width) in [0, 1], on the CPU."""
 
     @abstractmethod
+    def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once under the test transform, in batches: indices, int64 (b,), and images, float32 (b, channel, height,
+        width) in [0, 1], on the CPU.
+        """
+
+    @abstractmethod
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The augmented training batches of an epoch, on `device`: float32 (b, channel, height, width) in [0, 1], int64 (b,).
+    ) -> Generator[Batch]:
+        """The augmented training batches of an epoch, on `device`.
 
         Every image comes once, in an order that depends on `seed` and `epoch` alone. The first `start` batches are skipped
         without being read. Each of `world` processes gets its `rank`-th slice of every batch of `batch` images: slices differ
@@ -118,6 +160,10 @@ class MemorySplit(Split):
         """The hash of the shape, the pixels and the labels; of the files, where they came from files."""
         return self._known_fingerprint or self._pixel_fingerprint
 
+    def content(self) -> str:
+        """The hash of the shape, the pixels and the labels."""
+        return self._pixel_fingerprint
+
     @cached_property
     def _pixel_fingerprint(self) -> str:
         return _digest(str(tuple(self._images.shape)).encode(), self._images.numpy().data, _label_bytes(self.labels))
@@ -126,9 +172,15 @@ class MemorySplit(Split):
         """Image `index`: float32 (channel, height, width) in [0, 1], on the CPU."""
         return to_unit(self._images[index])
 
+    def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Split.in_order`."""
+        for start in range(0, len(self), batch):
+            indices = torch.arange(start, min(start + batch, len(self)))
+            yield indices, to_unit(self._images[indices])
+
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[Batch]:
         """See `Split.batches`. Augmentations are keyed by the batch's number."""
         images, labels = self._on(torch.device(device))
         change = self.spec.augmentation
@@ -139,7 +191,7 @@ class MemorySplit(Split):
                 # Drawn for the whole batch, so that an image is moved alike however many processes share the batch.
                 moves = draw_moves(part.size, change, generator("cpu", seed, "augment", epoch, part.number))
                 taken = apply_moves(taken, change.padding, Moves(*(each[part.rows] for each in moves)))
-            yield to_unit(taken), labels[indices]
+            yield Batch(to_unit(taken), labels[indices], part.indices)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._moved[0].device != device:
@@ -165,11 +217,21 @@ class FileSplit(Split):
         """The hash of the labels, sizes and paths of the files, the paths below their common folder (so that it can move)."""
         return self._file_fingerprint
 
+    def content(self) -> str:
+        """The hash of the bytes of evenly spaced files. Raises `InputError`, naming the file, if one cannot be read."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
+        return _digest(
+            *(_bytes_digest(self.path(i)) for i in np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).astype(int))
+        )
+
     @cached_property
     def _file_fingerprint(self) -> str:
         paths = [self.path(i) for i in range(len(self))]
         common = os.path.commonpath({path.parent for path in paths})
-        lines = (f"{path.relative_to(common).as_posix()}\t{_size(path)}\n".encode("utf-8", "surrogateescape") for path in paths)
+        lines = (os.fsencode(path.relative_to(common).as_posix()) + f"\t{_size(path)}\n".encode() for path in paths)
         return _digest(*lines, _label_bytes(self.labels))
 
     def image(self, index: int) -> Tensor:
@@ -181,38 +243,48 @@ class FileSplit(Split):
 
     def batches(
         self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[Batch]:
         """See `Split.batches`. Augmentations are keyed by the image's index."""
         device = torch.device(device)
         parts = self._parts(seed=seed, epoch=epoch, batch=batch, start=start, rank=rank, world=world)
         reader = _Reader(self._paths, self.spec.test_transform, self.spec.augmentation, (seed, "augment", epoch))
-        pixels = self._read(reader, [part.indices.numpy() for part in parts], pin=device.type == "cuda")
-        for part, images in zip(parts, pixels, strict=True):
-            labels = torch.from_numpy(self.labels[part.indices.numpy()])
-            yield to_unit(images.to(device, non_blocking=True)), labels.to(device)
+        wanted = [part.indices.numpy() for part in parts]
+        with closing(self._read(reader, wanted, pin=device.type == "cuda")) as pixels:
+            for part, images in zip(parts, pixels, strict=True):
+                labels = torch.from_numpy(self.labels[part.indices.numpy()])
+                yield Batch(to_unit(images.to(device, non_blocking=True)), labels.to(device), part.indices)
+
+    def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Split.in_order`; read by the workers."""
+        chunks = [np.arange(at, min(at + batch, len(self))) for at in range(0, len(self), batch)]
+        with closing(self._read(_Reader(self._paths, self.spec.test_transform), chunks)) as decoded:
+            for rows, pixels in zip(chunks, decoded, strict=True):
+                yield torch.from_numpy(rows), to_unit(pixels)
 
     def in_memory(self) -> MemorySplit:
         """The same split, every file decoded now with the test transform. Raises `InputError`, naming one that is broken."""
         images = np.empty((len(self), *self.spec.shape), np.uint8)
         chunks = [np.arange(at, min(at + CACHE_CHUNK, len(self))) for at in range(0, len(self), CACHE_CHUNK)]
-        for rows, pixels in zip(chunks, self._read(_Reader(self._paths, self.spec.test_transform), chunks), strict=True):
-            images[rows] = pixels.numpy()
+        with closing(self._read(_Reader(self._paths, self.spec.test_transform), chunks)) as decoded:
+            for rows, pixels in zip(chunks, decoded, strict=True):
+                images[rows] = pixels.numpy()
         return MemorySplit(images, self.labels, self.spec, fingerprint=self.fingerprint())
 
-    def _read(self, reader: _Reader, wanted: list[NDArray[np.int64]], *, pin: bool = False) -> Iterator[Tensor]:
+    def _read(self, reader: _Reader, wanted: list[NDArray[np.int64]], *, pin: bool = False) -> Generator[Tensor]:
         loader = torch_data.DataLoader(
             reader,
             sampler=wanted,  # every item is a whole batch: its images' indices
             batch_size=None,
             num_workers=self._workers,
             pin_memory=pin,
-            worker_init_fn=_leave_interrupts_to_the_parent,
+            worker_init_fn=stay_in_the_background,
             generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
         )
-        for images in loader:
-            if isinstance(images, InputError):
-                raise images
-            yield images
+        with closing(read(loader)) as found:
+            for images in found:
+                if isinstance(images, InputError):
+                    raise images
+                yield images
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -256,22 +328,26 @@ class _Reader(torch_data.Dataset[Tensor | InputError]):
         return augment(image[None], self.augmentation, generator("cpu", seed, purpose, epoch, index))[0]
 
 
-def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    # Ctrl-C, and the SIGTERM of many schedulers, reach every process of the group; the parent may want to finish its step,
-    # and ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def _path(paths: NDArray[np.bytes_], index: int) -> Path:
     return Path(os.fsdecode(bytes(paths[index])))
 
 
 def _size(path: Path) -> int:
-    try:
+    with _reading(path):
         return path.stat().st_size
+
+
+def _bytes_digest(path: Path) -> bytes:
+    with _reading(path):
+        return hashlib.sha256(path.read_bytes()).digest()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as cause:
-        raise InputError(f"cannot read the image {path}: {cause.strerror}", "Restore the file.") from cause
+        raise explained(cause, f"cannot read the image {path}", "Restore the file.") from cause
 
 
 def _digest(*blocks: bytes | memoryview) -> str:
@@ -286,23 +362,6 @@ def _label_bytes(labels: NDArray[np.int64]) -> bytes:
 
 
 # --- what a plugin returned --------------------------------------------------------------------------------------------------
-
-
-def _verify(name: str, found: object, spec: DataSpec) -> None:
-    """Raises `PluginError`, naming the data set, if a plugin's answer breaks its contract."""
-    problem = _spec_problem(spec) or _images_problem(found, spec)
-    if problem:
-        raise PluginError(f"the data set {name} breaks its contract: {problem}", "Report this to the author of the plugin.")
-
-
-def _spec_problem(spec: DataSpec) -> str | None:
-    channels, transform = spec.shape[0], spec.test_transform
-    if (transform.channels, *transform.crop) != spec.shape:
-        return f"its test transform gives {(transform.channels, *transform.crop)}, its shape is {spec.shape}"
-    for what, values in (("mean", spec.mean), ("std", spec.std)):
-        if values is not None and len(values) != channels:
-            return f"its {what} has {len(values)} values for {channels} channels"
-    return None
 
 
 def _images_problem(found: object, spec: DataSpec) -> str | None:

@@ -2,11 +2,21 @@
 
 Files are decoded, resized and cropped with Pillow on 8-bit pixels, whose fixed-point arithmetic gives the same pixels on every
 machine; sizes and offsets round as torchvision's `Resize`, `CenterCrop` and `RandomResizedCrop` do, which the field uses.
+
+What a file may hold, and how it is read:
+- several frames or sizes: the first frame, of an icon the largest size;
+- an orientation (Exif, TIFF): the image is turned upright;
+- transparency, as an alpha channel or as a transparent colour (tRNS): the image is put on white, as RGBA would be;
+- 1 bit: black and white; palettes, CMYK, YCbCr: as Pillow converts them, without colour profiles;
+- greys of 16 bits: scaled to 8 bits and rounded; colours of 16 bits: the higher 8;
+- 32-bit integers and floating point: refused, for nothing says which number is white.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from rscli.api import Augmentation, Transform
 from rscli.errors import InputError
-from rscli.runtime.files import check_regular
+from rscli.runtime.files import check_regular, explained
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {  # Exif 2.32, tag 274: what brings each stored orientation upright
@@ -32,23 +43,38 @@ UPRIGHT = {  # Exif 2.32, tag 274: what brings each stored orientation upright
 }
 
 
+SIXTEEN_BITS = ("PNG", "PPM")
+"""The formats whose greys of 16 bits have the mode `I` of 32 in some versions of Pillow."""
+
+PNG_LEVELS = {"1": 255, "L;2": 85, "L;4": 17}
+"""By how much Pillow multiplies the greys of a PNG file with fewer than 8 bits, but not its transparent grey."""
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what Pillow logs of odd files does not belong on stderr
+
+
 # --- files -------------------------------------------------------------------------------------------------------------------
 
 
 def read_image(path: Path, channels: int) -> Image.Image:
-    """The image in a file (the first, if it holds several), upright, 8 bits, grey (`channels` 1) or RGB (3).
+    """The image in a file, upright, 8 bits, grey (`channels` 1) or RGB (3), by the rules at the top of this module.
 
-    16-bit greys keep their upper range; what is transparent is put on white. Raises `InputError`, naming the file, if it cannot
-    be read.
+    Raises `InputError`, naming the file, if it cannot be read, is no regular file, or would be a decompression bomb.
     """
-    check_regular(path, "image")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _flat(_eight_bit(_upright(image)), "L" if channels == 1 else "RGB")
-    except MemoryError:
+        check_regular(path)
+        # Pillow opens no path: it would map an uncompressed TIFF of orientation 5 to 8 into memory with rows of a wrong length.
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")  # about metadata, palettes and sizes; what matters is raised
+            with Image.open(file) as image:
+                level = _level(image)
+                image.load()
+                flat = _flat(_eight_bit(image, level), "L" if channels == 1 else "RGB")
+                return _upright(flat, image)
+    except (MemoryError, InputError):
         raise
     except Exception as cause:  # decoders raise whatever a broken file trips: OSError, SyntaxError, ValueError, struct.error
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise explained(cause, f"cannot read the image {path}") from cause
         hint = "Replace the file, or take it out of the folder."
         raise InputError(f"cannot read the image {path}: {_reason(cause)}", hint) from cause
 
@@ -79,29 +105,54 @@ def to_tensor(image: Image.Image) -> Tensor:
 def _reason(cause: Exception) -> str:
     if isinstance(cause, UnidentifiedImageError):
         return "it is no image in a format that Pillow knows"
+    if isinstance(cause, Image.DecompressionBombError):
+        return f"it would unpack to more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, as a decompression bomb does"
     return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _level(image: Image.Image) -> int:
+    """What takes the transparent colour of a PNG file that is not loaded yet to the scale of its pixels; 0: 16 to 8 bits."""
+    if not isinstance(image, PngImageFile) or not image.tile:
+        return 1
+    layout = image.tile[0][3]
+    raw = layout[0] if isinstance(layout, tuple) else layout
+    return 0 if raw == "RGB;16B" else PNG_LEVELS.get(str(raw), 1)
+
+
+def _upright(flat: Image.Image, source: Image.Image) -> Image.Image:
+    """`flat` as the metadata of its `source` turn it; not `ImageOps.exif_transpose`, which fails on other broken metadata."""
     try:
-        orientation = image.getexif().get(EXIF_ORIENTATION)
+        orientation = source.getexif().get(EXIF_ORIENTATION)
     except Exception:  # garbage where the metadata should be says nothing against the pixels
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        return flat
+    return flat.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else flat
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits brought to 8; Pillow would clip them. Raises `ValueError` where the range of the pixels is unknown."""
+def _eight_bit(image: Image.Image, level: int) -> Image.Image:
+    """Greys of 16 bits brought to 8 (Pillow would clip them), and the transparent colour with them, by `level`.
+
+    Raises `ValueError` where the range of the pixels is unknown.
+    """
+    colour = image.info.get("transparency")
     if not image.mode.startswith(("I", "F")):
+        if level == 0 and isinstance(colour, tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in colour)
+        elif level > 1 and isinstance(colour, int):
+            image.info["transparency"] = colour * level
         return image
     pixels = np.asarray(image).astype(np.int64)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"pixels of mode {image.mode} have no known range; save them with 8 or 16 bits")
-    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BITS):
+        raise ValueError(f"pixels of mode {image.mode} (32 bits) have no known range; save them with 8 or 16 bits")
+    grey = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    if isinstance(colour, int):
+        grey.putalpha(Image.fromarray(np.where(pixels == colour, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _flat(image: Image.Image, mode: str) -> Image.Image:
     """In `mode`, without transparency: put on white, the way viewers show it."""
+    if image.mode == "La":
+        image = image.convert("LA")  # premultiplied grey, which Pillow takes no further
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)

@@ -10,57 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rscli.api import Architecture, Dataset, DataSpec, Noise, Plugin
+from rscli.api import Architecture, Noise, Plugin
+from rscli.config.decode import decode_json
+from rscli.config.problems import faults
+from rscli.config.settings import shortened
 from rscli.errors import InputError, PluginError
-from rscli.models.network import Classifier, build_classifier
+from rscli.models.card import FORMAT, ModelCard
+from rscli.models.network import Classifier, build_classifier, no_larger_than
+from rscli.models.smoothed import Smoothed, Source
+from rscli.plugin_files import from_file
 from rscli.registry import Registry, installed
-from rscli.runtime.files import open_regular, replacing
-from rscli.system import utf8_name
-
-FORMAT: Literal[1] = 1
-
-
-class ModelCard(BaseModel):
-    """What a model file says of itself. Sections hold a plugin's `name` and fields; `plugins` says where each came from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal[1] = FORMAT
-    rscli: str
-    arch: dict[str, Any]
-    noise: dict[str, Any]
-    data: dict[str, Any]
-    spec: DataSpec
-    plugins: list[dict[str, str]]
-    config: dict[str, Any] | None = None
-    epochs: int | None = None
-    origin: str | None = None
-    sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A loaded model: its card, the classifier (on the CPU, in eval mode), its plugins, and the digest of the file."""
-
-    card: ModelCard
-    classifier: Classifier
-    noise: Noise
-    sha256: str
-    path: Path
-
-    def dataset(self) -> Dataset:
-        """The data set that the model was trained on. Raises `PluginError` if its plugin is not installed."""
-        return cast(Dataset, _plugin(installed(), "datasets", self.card.data, self.card, self.path))
+from rscli.runtime.files import explained, open_regular, replacing
 
 
 def save_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
@@ -74,30 +43,50 @@ def save_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
         beside.write_bytes(data)
 
 
-def load_model(path: Path) -> Model:
-    """Reads a model file, checks it, and rebuilds the classifier.
+def load_model(path: Path) -> Smoothed:
+    """Reads a model file, checks it, and rebuilds the classifier: on the CPU, in eval mode.
 
     Raises `InputError` if the file is missing, foreign, truncated, of a newer format, or its tensors are not those it was
     written with; `PluginError` if a plugin it needs is not installed.
     """
-    open_regular(path, "model file", "A training run writes model.safetensors into its run folder.").close()
+    if not path.is_file():
+        raise _missing(path)
     tensors, text = _read(path)
     card = _card(path, text)
-    if content_digest(tensors, json.loads(text)) != card.sha256:
+    if content_digest(tensors, decode_json(text)) != card.sha256:
         raise InputError(
             f"{path} does not hold what it was written with: its weights or its description were changed or damaged",
             "Copy it again, or train anew.",
         )
     registry = installed()
-    skeleton = {**card.arch, "pretrained": False} if "pretrained" in card.arch else card.arch  # the weights are in the file
-    architecture = cast(Architecture, _plugin(registry, "architectures", skeleton, card, path))
+    architecture = cast(Architecture, _plugin(registry, "architectures", card.arch, card, path))
     noise = cast(Noise, _plugin(registry, "noises", card.noise, card, path))
-    classifier = build_classifier(architecture, card.spec)
-    try:
-        classifier.network.load_state_dict(tensors)
-    except RuntimeError as cause:
-        raise InputError(f"the weights in {path} do not fit its architecture {card.arch['name']!r}: {cause}") from cause
-    return Model(card, classifier.eval(), noise, file_digest(path), path)
+    classifier = _rebuilt(architecture, card, tensors, path)
+    return Smoothed(
+        classifier.eval(),
+        noise,
+        card.spec.class_names,
+        shape=card.spec.shape,
+        transform=card.spec.test_transform,
+        source=Source(path, card, file_digest(path)),
+    )
+
+
+def card_of(model: Smoothed) -> ModelCard:
+    """What the model file of `model` says of itself. Raises `InputError` if it came from no model file."""
+    if model.source is None:
+        raise InputError("this classifier came from no model file, so there is nothing that describes it")
+    return model.source.card
+
+
+def read_card(path: Path) -> ModelCard:
+    """The description inside a model file, without its weights: neither is checked against the other.
+
+    Raises `InputError` as `load_model` does for a file that is missing, foreign, truncated or broken.
+    """
+    if not path.is_file():
+        raise _missing(path)
+    return _card(path, _read(path, weights=False)[1])
 
 
 def file_digest(path: Path) -> str:
@@ -109,11 +98,16 @@ def file_digest(path: Path) -> str:
 def content_digest(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
     """SHA-256 over the card (but for the digest in it) and the names, types, shapes and bytes of `tensors`, sorted by name.
 
-    A changed sigma would make wrong certificates as surely as changed weights.
+    A changed sigma would make false certificates as surely as changed weights.
     """
-    digest = hashlib.sha256(_canonical({**card, "sha256": ""}).encode())
+    return tensor_digest(tensors, _canonical({**card, "sha256": ""}).encode())
+
+
+def tensor_digest(tensors: Mapping[str, Tensor], begin: bytes = b"") -> str:
+    """SHA-256 over `begin` and the names, types, shapes and bytes of `tensors`, sorted by name."""
+    digest = hashlib.sha256(begin)
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -123,17 +117,37 @@ def _canonical(card: Mapping[str, Any]) -> str:
     return json.dumps(card, sort_keys=True, separators=(",", ":"))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+def _rebuilt(architecture: Architecture, card: ModelCard, tensors: dict[str, Tensor], path: Path) -> Classifier:
+    """The classifier with the weights of the file. Raises `InputError` if they are of another network, or of a smaller one."""
+    name = card.arch["name"]
     try:
-        with utf8_name(path) as name, safe_open(name, framework="pt") as file:
+        with no_larger_than(tensors):
+            classifier = build_classifier(architecture, card.spec, weights=False)
+        classifier.network.load_state_dict(tensors)
+    except (RuntimeError, InputError) as cause:
+        text = shortened(cause.message if isinstance(cause, InputError) else str(cause), 2000)
+        raise InputError(f"the weights in {path} do not fit its architecture {name!r}: {text}") from cause
+    return classifier
+
+
+def _missing(path: Path) -> InputError:
+    return InputError(f"there is no model file {path}", "A training run writes model.safetensors into its run folder.")
+
+
+def _read(path: Path, weights: bool = True) -> tuple[dict[str, Tensor], str]:
+    try:
+        with open_regular(path) as opened, safe_open(opened, framework="pt") as file:
             metadata = file.metadata() or {}
             if "rscli" not in metadata:
                 raise InputError(
                     f"{path} is a safetensors file, but not one of rscli's: it does not say what it holds",
                     "`rscli train` writes model files that certify and predict can read.",
                 )
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata["rscli"]  # noqa: SIM118
+            names = file.keys() if weights else ()
+            return {name: file.get_tensor(name) for name in names}, metadata["rscli"]
     except (SafetensorError, OSError, ValueError) as cause:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise explained(cause, f"the model file {path} cannot be read") from cause
         raise InputError(
             f"{path} is not a whole safetensors file: {cause}",
             "It may be truncated, or of another kind (a checkpoint of torch.save, say). Copy it again, or train anew.",
@@ -142,14 +156,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _card(path: Path, text: str) -> ModelCard:
     try:
-        raw = json.loads(text)
+        raw = decode_json(text)
         if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
             raise InputError(f"{path} has format {raw['format']}, this rscli reads up to {FORMAT}", "Update rscli.")
         return ModelCard.model_validate(raw)
     except (ValidationError, ValueError) as cause:
-        first = str(cause)
-        if isinstance(cause, ValidationError):
-            first = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in cause.errors())
+        first = "; ".join(faults(cause)[:10]) if isinstance(cause, ValidationError) else str(cause)
         raise InputError(
             f"the description inside {path} is broken ({first})", "The file was changed; copy it again."
         ) from cause
@@ -161,16 +173,20 @@ def _plugin(registry: Registry, kind: str, section: Mapping[str, Any], card: Mod
     maker = next((p for p in card.plugins if p["kind"] == kind), None)
     qualified = f"{maker['package']}:{name}" if maker and ":" not in name else name
     try:
-        return registry.build(kind, {**section, "name": qualified})
+        plugin = registry.build(kind, {**section, "name": qualified})
+        here = registry.provenance(kind, qualified).version
+        if maker and from_file(maker["version"]) and here != maker["version"]:
+            raise PluginError(f"the file {maker['package']} given is another one ({here})")
+        return plugin
     except PluginError as cause:
-        hint = (
-            f"It was written with {maker['package']} {maker['version']}: pip install {maker['package']}."
-            if maker
-            else cause.hint
-        )
+        hint = cause.hint
+        if maker and from_file(maker["version"]):
+            hint = f"It comes from the file {maker['package']} with {maker['version']}: name that with --plugin."
+        elif maker:
+            hint = f"It was written with {maker['package']} {maker['version']}: pip install {maker['package']}."
         raise PluginError(f"{path} needs the {kind} plugin {name!r}: {cause.message}", hint) from cause
     except ValidationError as cause:
-        fields = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in cause.errors())
+        fields = "; ".join(faults(cause)[:10])
         raise PluginError(f"the {kind} plugin {name!r} does not take the fields that {path} records: {fields}") from cause
 
 

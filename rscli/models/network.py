@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from rscli.api import Architecture, DataSpec
-from rscli.errors import PluginError
+from rscli.config.settings import shortened
+from rscli.errors import InputError
+from rscli.runtime.guard import broken, calling
+
+LARGE = 2**23
+"""Values of an image above which a new network is tried without memory."""
 
 
 class Normalize(nn.Module):
@@ -32,11 +45,15 @@ class Normalize(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (batch, channel, height, width) in [0, 1] to logits (batch, classes)."""
+    """Images (batch, channel, height, width) in [0, 1] to logits (batch, classes).
 
-    def __init__(self, network: nn.Module, spec: DataSpec) -> None:
+    The normalisation of `spec` comes in front, unless the network `normalizes` by itself.
+    """
+
+    def __init__(self, network: nn.Module, spec: DataSpec, *, normalizes: bool = False) -> None:
         super().__init__()
-        self.normalize = Normalize(spec.mean, spec.std) if spec.mean is not None and spec.std is not None else nn.Identity()
+        known = spec.mean is not None and spec.std is not None and not normalizes
+        self.normalize = Normalize(spec.mean or (), spec.std or ()) if known else nn.Identity()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
@@ -45,21 +62,79 @@ class Classifier(nn.Module):
         return logits
 
 
-def build_classifier(architecture: Architecture, spec: DataSpec) -> Classifier:
-    """A freshly initialised classifier for the data of `spec`.
+def build_classifier(architecture: Architecture, spec: DataSpec, *, weights: bool = True) -> Classifier:
+    """A freshly initialised classifier for the data of `spec`; without `weights`, nothing pretrained is fetched.
 
     Raises `PluginError` if the network does not turn a batch of the announced shape into finite logits (batch, classes).
     """
     classes = len(spec.class_names)
-    classifier = Classifier(architecture.build(classes, spec.shape), spec)
+    with calling(architecture, "build"):
+        network = architecture.build(spec, weights=weights)
+    if not isinstance(network, nn.Module):
+        raise broken(architecture, "build", f"returned {network!r:.80}, which is no torch module")
+    classifier = Classifier(network, spec, normalizes=architecture.normalizes)
     classifier.eval()
-    with torch.inference_mode():
-        out = classifier(torch.zeros(2, *spec.shape))
+    with calling(architecture, "build: the forward of its network"):
+        shape = _trial(classifier, spec.shape)
     classifier.train()
-    if tuple(out.shape) != (2, classes):
-        name = type(architecture).__name__
-        raise PluginError(f"the architecture {name} gives logits of shape {tuple(out.shape)}, not {(2, classes)}")
+    if shape != (2, classes):
+        raise broken(architecture, "build", f"made a network that gives logits of shape {shape}, not {(2, classes)}")
     return classifier
+
+
+def _trial(classifier: Classifier, shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """The shape of the logits of two black images; of large images without any memory, where the network allows that."""
+    if math.prod(shape) > LARGE:
+        with suppress(Exception), torch.inference_mode():  # a network may refuse the meta device with any exception
+            return tuple(copy.deepcopy(classifier).to("meta")(torch.zeros(2, *shape, device="meta")).shape)
+    with torch.inference_mode():
+        return tuple(classifier(torch.zeros(2, *shape)).shape)
+
+
+@contextmanager
+def no_larger_than(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While a network is built: raises `InputError` as soon as it is much larger than the `tensors` that it is to take.
+
+    Layers are counted as they are registered, before they are initialised, so that nothing is filled that a file cannot
+    fill. A network may register a tensor several times, or replace it while it is built: hence the factor of 4.
+    """
+    most = {"tensors": 4 * len(tensors) + 1000, "values": 4 * sum(t.numel() for t in tensors.values()) + 2**22}
+    most["layers"] = 20 * most["tensors"]
+    counts = dict.fromkeys(most, 0)
+
+    def register(_module: nn.Module, _name: str, part: object) -> None:
+        if isinstance(part, Tensor):
+            counts["tensors"] += 1
+            counts["values"] += part.numel()
+        else:
+            counts["layers"] += 1
+        check()
+
+    def check() -> None:
+        if any(counts[name] > most[name] for name in most):
+            raise InputError("it is much larger than the weights in the file")
+
+    handles = [
+        register_module_parameter_registration_hook(register),
+        register_module_buffer_registration_hook(register),
+        register_module_module_registration_hook(register),
+    ]
+    try:
+        yield
+        check()
+    except Exception as cause:
+        check()  # a plugin may have turned the refusal into another error
+        if isinstance(cause, MemoryError | OverflowError) or (type(cause) is RuntimeError and _of_memory(cause)):
+            raise InputError(f"it does not fit in memory ({shortened(str(cause))})") from cause
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of_memory(cause: RuntimeError) -> bool:
+    """Whether torch could not make a tensor: none so large can be, or there is no room."""
+    return any(words in str(cause) for words in ("memory", "overflow", "Storage size", "too large"))
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from rscli.errors import InputError
+from rscli.api import Certifier
+from rscli.errors import InputError, PluginError
+from rscli.registry import installed
 from rscli.results.reader import Results
 
 if TYPE_CHECKING:
@@ -33,7 +35,13 @@ def undecided(run: Results, radii: Sequence[float]) -> tuple[float, ...]:
 
 
 def _certifier(run: Results) -> dict[str, Any]:
-    return (run.protocol or {}).get("certifier") or {}
+    """What the protocol says of the certifier, under the names that its settings have now."""
+    told = (run.protocol or {}).get("certifier") or {}
+    try:
+        plugin = cast(type[Certifier], installed().load("certifiers", str(told.get("name"))))
+    except PluginError:  # not installed: what the protocol says by itself must do
+        return {"decisive": (), **told}
+    return {"decisive": plugin.decisive, **{plugin.renamed.get(key, key): value for key, value in told.items()}}
 
 
 Reader = Callable[[Results], Any]
@@ -61,6 +69,7 @@ DECISIVE: dict[str, Reader] = {
     "radii decided": lambda run: grid(run) or "as large as possible",
     "labels given to the certifier": _at("labels"),
     "noise": _at("noise.name"),
+    "norm": lambda run: (run.protocol or {}).get("norm") or UNKNOWN,
 }
 """What must be the same in all protocols. n and alpha bound the radius that can be certified; a certifier that decides given
 radii certifies none in between; a test of the label's own class needs no selection; two noises may have two norms."""
@@ -74,18 +83,19 @@ WORTH_A_NOTE: dict[str, Reader] = {
 }
 """What may differ, but should not go unnoticed."""
 
-DECISIVE_SETTINGS = {("sequential", "early"), ("two-sided", "share"), ("two-stage", "loss")}
-"""Settings of certifiers that are decisive: like alpha, they bound the radius. The first two are how alpha is divided, the last
-is how much of a radius may be given away for fewer samples. Any other setting that differs is worth a note."""
-
-ELSEWHERE = {"name", "n", "n0", "alpha", "radii"}
+ELSEWHERE = {"name", "n", "n0", "alpha", "radii", "decisive"}
 """What a protocol tells of the certifier and also by itself."""
 
 
 def _settings(runs: Sequence[Results], *, decisive: bool) -> dict[str, Reader]:
-    """What to compare of the certifiers' own settings, each among the runs of one certifier whose protocols tell it."""
-    told = [(certifier.get("name"), key) for certifier in map(_certifier, runs) for key in certifier if key not in ELSEWHERE]
-    return {f"{key} of {name}": _setting(name, key) for name, key in told if ((name, key) in DECISIVE_SETTINGS) == decisive}
+    """What to compare of the certifiers' own settings, each among the runs of one certifier whose protocols tell it.
+
+    Decisive ones are those that the certifier itself calls so (`Certifier.decisive`): like alpha, they bound the radius. Any
+    other that differs is worth a note.
+    """
+    told = [(certifier, key) for certifier in map(_certifier, runs) for key in certifier if key not in ELSEWHERE]
+    chosen = [(one.get("name"), key) for one, key in told if (key in one["decisive"]) == decisive]
+    return {f"{key} of {name}": _setting(name, key) for name, key in chosen}
 
 
 def _setting(name: str | None, key: str) -> Reader:
@@ -108,7 +118,7 @@ def align(runs: Sequence[Results], *, names: Sequence[str] = (), allow_different
     """The images that all `runs` have, in increasing order of their index, named by `names` or by their paths.
 
     Raises `InputError` if there is no common image, an image has two labels, names are wrong, or the protocols differ in
-    what figures depend on (`DECISIVE`, `DECISIVE_SETTINGS`); with `allow_different` the latter becomes a note.
+    what figures depend on (`DECISIVE`, and what certifiers call decisive); with `allow_different` the latter becomes a note.
     """
     named = _named(runs, names)
     notes = [note for run in named for note in run.notes]

@@ -12,7 +12,7 @@ LEVEL = 0.95
 """Confidence of every interval."""
 
 RHO = 0.001
-"""The statement about wrong certificates in a whole table holds with probability 1 - RHO."""
+"""The statement about false certificates in a whole table holds with probability 1 - RHO."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Point:
 class Summary:
     """The figures of one run. What its file does not tell is None.
 
-    `acr` is a `lower_bound` if the certifier decided given radii only. If 0 is none of them, `abstained` counts the images
+    `norm` is that of its radii: L2 where the file does not tell, as in all that was written before rscli recorded it. `acr`
+    is a `lower_bound` if the certifier decided given radii only. If 0 is none of them, `abstained` counts the images
     without a certificate at the smallest, which is an upper bound (`abstained_upper_bound`). `largest` is the largest radius
-    certified for a right answer, `seconds` the sum of the times of all images, `may_be_wrong` how many of all certificates may
-    be wrong, at confidence 1 - RHO.
+    certified for a right answer, `seconds` the sum of the times of all images (None if the file does not say all), and
+    `may_be_wrong` how many of all certificates may be wrong, at confidence 1 - RHO.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Summary:
     n: int | None
     alpha: float | None
     certifier: str | None
+    norm: str
     acr: float
     lower_bound: bool
     largest: float
@@ -56,7 +58,7 @@ class Summary:
     abstained_upper_bound: bool
     saturated: int | None
     samples: int | None
-    seconds: float
+    seconds: float | None
     may_be_wrong: int | None
 
 
@@ -162,3 +164,8 @@ class Comparison:
     notes: tuple[str, ...]
     groups: tuple[Group, ...] = ()
     published: tuple[Beside, ...] = ()
+
+    @property
+    def norm(self) -> str:
+        """The norm of the radii, such as L2; several where the results differ in it."""
+        return "/".join(dict.fromkeys(summary.norm for summary in self.summaries))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import asdict
 from io import StringIO
 from typing import Any
 
-from rscli import text as texts
 from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
 from rscli.stats import paired
+from rscli.text import one_line
 
 SCHEMA = 1
 """Rises when a column or key is renamed, removed, or changes its meaning."""
@@ -20,6 +21,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "radii": list(comparison.radii),
+        "norm": comparison.norm,
         "level": LEVEL,
         "rho": RHO,
         "results": [asdict(summary) for summary in comparison.summaries],
@@ -31,15 +33,14 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def to_json(comparison: Comparison) -> str:
-    """`as_json` as text."""
-    return texts.to_json(as_json(comparison), indent=2, allow_nan=False) + "\n"
+    """`as_json` as text, in ASCII: any stream and file can take it, whatever the names of the results."""
+    return json.dumps(as_json(comparison), indent=2, allow_nan=False) + "\n"
 
 
 def to_csv(comparison: Comparison) -> str:
     """One line for each run and radius, then for each group and radius, the run's own figures repeated.
 
-    Cells are empty where nothing is known or compared. `seeds` says how many runs a line averages. A text that a spreadsheet
-    would take for a formula has an apostrophe in front.
+    Cells are empty where nothing is known or compared. `seeds` says how many runs a line averages.
     """
     page = StringIO()
     differences: dict[str, Difference] = {difference.name: difference for difference in comparison.differences}
@@ -49,20 +50,16 @@ def to_csv(comparison: Comparison) -> str:
     lines = [{**line, **_published(published.get(line["name"]), line["radius"])} for line in lines]
     writer = csv.DictWriter(page, list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: _cell(value) for key, value in line.items()} for line in lines)
+    writer.writerows([{column: _cell(value) for column, value in line.items()} for line in lines])
     return page.getvalue()
 
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""How a text begins that spreadsheets compute: https://owasp.org/www-community/attacks/CSV_Injection"""
-
-
 def _cell(value: Any) -> Any:
-    """A text as a spreadsheet may see it; anything else as it is."""
+    """`value` as a cell. Text that a spreadsheet would run as a formula gets an apostrophe in front (OWASP, CSV injection)."""
     if not isinstance(value, str):
         return value
-    shown = texts.one_line(value)
-    return f"'{shown}" if value.startswith(FORMULA) else shown
+    text = one_line(value)
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 def _lines(summary: Summary, difference: Difference | None) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def _kind(run: Results) -> str | None:
     """What the runs of one group have in common, as text; None if the training seed is unknown."""
     if run.protocol is None or _seed(run) is None:
         return None
-    certified = {key: value for key, value in run.protocol.items() if key not in ("info", "model_sha256")}
+    certified = {key: value for key, value in run.protocol.items() if key not in ("format", "sha256", "info", "model_sha256")}
     trained = {key: _info(run).get(key) for key in TRAINING}
     trained["config"] = {key: value for key, value in (trained["config"] or {}).items() if key != "seed"}
     return json.dumps([certified, trained], sort_keys=True)

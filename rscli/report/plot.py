@@ -66,34 +66,38 @@ def save_plot(comparison: Comparison, path: Path) -> None:
     """Draws the comparison and writes it to `path`, atomically, as its suffix says (.png, .svg, .pdf). Needs no display."""
     check_plot_path(path)
     suffix, page = path.suffix.lower(), BytesIO()
-    with own_settings():
+    with _own_settings(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a box stands for it, as everywhere
         draw(comparison).savefig(page, format=suffix[1:], dpi=200, metadata=METADATA[suffix])
     with replacing(path) as beside:
         beside.write_bytes(page.getbuffer())
 
 
 @contextmanager
-def own_settings() -> Iterator[None]:
-    """While the body draws, matplotlib's defaults and our style hold, whatever MPLBACKEND or a matplotlibrc say; no warnings.
+def _own_settings() -> Iterator[None]:
+    """While the body draws, matplotlib's defaults and `STYLE` hold, whatever MPLBACKEND and a matplotlibrc say.
 
-    What it would warn of: settings that we do not use, folders that cannot be written, letters that its font lacks.
+    A backend that does not exist would fail the import, and a matplotlibrc that is broken be complained of. Both are looked
+    at only when matplotlib is imported first.
     """
+    before = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"
     log = logging.getLogger("matplotlib")
-    level, backend = log.level, os.environ.pop("MPLBACKEND", None)  # one that it does not know would end its import
+    level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import matplotlib as mpl
+        import matplotlib
 
-            with mpl.rc_context():
-                mpl.rcdefaults()
-                mpl.rcParams.update(STYLE)
-                yield
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE)
+            yield
     finally:
         log.setLevel(level)
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
+        if before is None:
+            del os.environ["MPLBACKEND"]
+        else:
+            os.environ["MPLBACKEND"] = before
 
 
 def curve(run: Results) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -113,16 +117,15 @@ def draw(comparison: Comparison) -> Figure:
 
     figure = Figure(figsize=(5.4, 3.2 + 0.18 * len(comparison.runs)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes, labels = figure.add_subplot(), []
+    axes = figure.add_subplot()
     for position, (run, summary) in enumerate(zip(comparison.runs, comparison.summaries, strict=True)):
         colour = COLOURS[position % len(COLOURS)]
         dash = DASHES[position // len(COLOURS) % len(DASHES)]
-        labels.append(one_line(f"{run.name}  (ACR {acr_text(summary)})"))
-        _draw_run(axes, run, f"run {position}", colour, dash)
+        _draw_run(axes, run, one_line(f"{run.name}  (ACR {acr_text(summary)})"), colour, dash)
     right = max(summary.largest for summary in comparison.summaries) or 1.0
     axes.set_xlim(0, 1.03 * right)
     axes.set_ylim(0, 100)
-    axes.set_xlabel("certified radius (pixels in [0, 1])")
+    axes.set_xlabel(f"certified {comparison.norm} radius (pixels in [0, 1])")
     axes.set_ylabel("certified accuracy (%)")
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -131,9 +134,9 @@ def draw(comparison: Comparison) -> Figure:
     if any(summary.lower_bound for summary in comparison.summaries):
         remark += "\nACR ≥: only given radii were decided;\nelsewhere, the curve is a lower bound"
     axes.text(0.99, 0.98, remark, transform=axes.transAxes, ha="right", va="top", **SMALL)
-    legend = figure.legend(loc="outside upper left", frameon=False, handlelength=1.8, labelspacing=0.3)
-    for text, label in zip(legend.get_texts(), labels, strict=True):  # only now: a legend leaves out a label such as `_name`
-        text.set_text(label)
+    lines = axes.get_lines()  # given as such: matplotlib would leave out a label that begins with _
+    names = [str(line.get_label()) for line in lines]
+    figure.legend(lines, names, loc="outside upper left", frameon=False, handlelength=1.8, labelspacing=0.3)
     return figure
 
 

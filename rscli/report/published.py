@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from rscli.config.published import PublishedRow
+from rscli.registry import installed
 from rscli.report.align import grid, undecided
 from rscli.report.comparison import Beside, Comparison, PublishedPoint
 from rscli.report.recipe import Recipe, recipe, setting_differences
@@ -17,14 +18,17 @@ from rscli.results.reader import Results
 from rscli.stats import metrics
 
 PROTOCOL = {"n0": 100, "n": 100_000, "alpha": 0.001}
-"""What every published figure rests on, with the certifier `cohen`."""
+"""What every published figure rests on, with the usual certifier: CERTIFY with fixed n."""
 
 FACTOR = 2.0
 """A difference is within the errors up to so many times its standard deviation."""
 
 
-def with_published(comparison: Comparison) -> Comparison:
-    """`comparison` with the nearest published row beside each group and each run; notes say what a reader must know.
+def with_published(comparison: Comparison, preset: str | None = None) -> Comparison:
+    """`comparison` with the published row of its preset beside each group and each run; notes say what a reader must know.
+
+    Of several rows of one data set, network, method and sigma it is the one of the nearest setting. `preset` is that of results
+    which do not record one.
 
     Raises `InputError` if a table of published figures that is needed is broken.
     """
@@ -32,7 +36,7 @@ def with_published(comparison: Comparison) -> Comparison:
     found: list[Beside] = []
     remarks: dict[str, list[str]] = {}
     for name, runs in _results(comparison):
-        known = recipe(runs[0])
+        known = recipe(runs[0], preset)
         row = shelf.nearest(known, runs[0].idx) if isinstance(known, Recipe) else None
         if row is None or isinstance(known, str):
             why = known if isinstance(known, str) else f"none for {known.text}"
@@ -105,9 +109,9 @@ def _other_protocol(run: Results) -> tuple[str, ...]:
     """In what the run was certified otherwise than the published ones were: ACR depends on it."""
     protocol = run.protocol or {}
     texts = [f"{key} {protocol.get(key)}, not {value}" for key, value in PROTOCOL.items() if protocol.get(key) != value]
-    certifier = (protocol.get("certifier") or {}).get("name")
-    if certifier != "cohen":
-        texts.append(f"certifier {certifier}, not cohen")
+    certifier, usual = (protocol.get("certifier") or {}).get("name"), installed().default("certifiers")
+    if certifier != usual:
+        texts.append(f"certifier {certifier}, not {usual}")
     if protocol.get("labels"):
         texts.append("labels given to the certifier")
     if grid(run):

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from rscli.config.presets import load_preset
 from rscli.config.published import PublishedRow
-from rscli.config.schema import SECTIONS
 from rscli.config.settings import dotted, leaves
+from rscli.errors import RscliError
 from rscli.results.reader import Results
 
 ATTACK = {"name": "attack", "epsilon": "eps", "steps": "steps", "warmup": "warmup"}
@@ -19,7 +20,9 @@ ATTACK = {"name": "attack", "epsilon": "eps", "steps": "steps", "warmup": "warmu
 UNSAID = {"m": "1", "form": "default", "deferred": "0"}
 """What a published setting means by leaving it out."""
 
-UNSAID_SCHEDULE: dict[str, Any] = {"chunk": None, "optimizer.nesterov": False}
+_ELSEWHERE = {"data", "arch", "noise", "loss", "attack", "loggers", "callbacks", "seed"}
+
+UNSAID_SCHEDULE: dict[str, Any] = {"chunk": None}
 """What a preset's schedule means by leaving it out."""
 
 
@@ -51,59 +54,51 @@ class Recipe:
         return sum(_apart(ours, theirs) for _, ours, theirs in _pairs(self, row))
 
 
-def recipe(run: Results) -> Recipe | str:
-    """The recipe of a result, from its protocol; or why there is none."""
+def recipe(run: Results, preset: str | None = None) -> Recipe | str:
+    """The recipe of a result: that of the preset its model was trained from (`preset`, where it records none), and what departs
+    from it; or why there is none.
+    """
     if run.protocol is None:
         return "no protocol lies beside the file"
     protocol, info = run.protocol, run.protocol.get("info") or {}
     if protocol.get("split") != "test":
         return f"they are of the split test, this is {protocol.get('split')}"
-    if (noise := (protocol.get("noise") or {}).get("name")) is None or plain(noise) != "gaussian":
-        return f"they are for Gaussian noise, this is {noise}"
-    arch, loss, attack = info.get("arch"), info.get("loss"), info.get("attack")
-    if not arch or not loss or protocol.get("sigma") is None:
-        return "the protocol does not say how the model was trained"
+    name = preset or info.get("preset")
+    if name is None:
+        return "it does not record a preset; --reproduces PRESET names the one that it is to be held against"
+    try:
+        row = load_preset(name).header.published
+    except RscliError as error:
+        if not info.get("preset"):
+            raise  # the user named it
+        return f"the preset that it records is unavailable: {error.message}"
+    if row is None:
+        return f"the preset {name} reproduces no published row"
+    changed = sorted(key for key in info.get("overrides") or {} if _another_kind(key))
+    if changed:
+        return f"it departs from the preset {name} in {', '.join(changed)}"
+    loss, attack = info.get("loss") or {}, info.get("attack") or {}
     return Recipe(
-        dataset=plain(str(protocol.get("dataset"))),
-        arch=published_arch(arch),
-        method=published_method(loss["name"], attacked=attack is not None),
-        sigma=float(protocol["sigma"]),
+        dataset=row.dataset,
+        arch=row.arch,
+        method=row.method,
+        sigma=float(protocol.get("sigma") or row.sigma),
         setting={
             **{key: value for key, value in loss.items() if key != "name"},
-            **{name: (attack or {}).get(key) for key, name in ATTACK.items() if key in (attack or {})},
+            **{name: attack[key] for key, name in ATTACK.items() if key in attack},
         },
         schedule=schedule(info.get("config") or {}),
     )
 
 
-def plain(name: str) -> str:
-    """A plugin's name without the package that a user may put in front: `package:name`."""
-    return name.rpartition(":")[2]
-
-
-def published_method(loss: str, *, attacked: bool) -> str:
-    """What the tables call a loss, trained on attacked images or not: SmoothAdv is the Gaussian loss with an attack."""
-    name = plain(loss)
-    if not attacked:
-        return name
-    return "smoothadv" if name == "gaussian" else f"smoothadv+{name}"
-
-
-def published_arch(arch: Mapping[str, Any]) -> str:
-    """What the tables call an architecture: `resnet110` is cifar-resnet of depth 110; a network of timm has its own name."""
-    name, _, variant = plain(arch["name"]).partition("/")
-    if name == "timm":
-        return (variant or str(arch.get("model"))).partition(".")[0]
-    if name == "cifar-resnet":
-        return f"resnet{arch.get('depth')}"
-    if name == "cifar-densenet":
-        return f"densenet{arch.get('depth')}" + ("" if arch.get("growth") == 12 else f"-growth{arch.get('growth')}")
-    return name
+def _another_kind(key: str) -> bool:
+    """Whether a setting makes another data set, network or method of a preset."""
+    return key.partition(".")[0] in ("data", "arch") or key in ("noise.name", "loss.name", "attack", "attack.name")
 
 
 def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says outside the sections that name plugins, by dotted key; but for the seed."""
-    return {dotted(key): value for key, value in leaves(config) if key[0] not in {*SECTIONS, "seed"}}
+    """What a configuration says of epochs, batches, optimiser and schedule, by dotted key."""
+    return {dotted(key): value for key, value in leaves(config) if key[0] not in _ELSEWHERE}
 
 
 def setting_differences(ours: Recipe, row: PublishedRow, published_schedule: Mapping[str, Any]) -> tuple[str, ...]:
@@ -112,7 +107,7 @@ def setting_differences(ours: Recipe, row: PublishedRow, published_schedule: Map
     `published_schedule` is what is known of the row's; only what both sides tell is compared.
     """
     texts = [f"{key} {_shown(mine)}, not {theirs}" for key, mine, theirs in _pairs(ours, row) if _apart(mine, theirs)]
-    if not row.setting and row.method != "gaussian":
+    if not row.setting and bool(ours.setting.keys() - {"m"}):
         texts.append("setting not published")
     known = {**UNSAID_SCHEDULE, **published_schedule} if published_schedule else {}
     for key, theirs in known.items():
@@ -123,7 +118,7 @@ def setting_differences(ours: Recipe, row: PublishedRow, published_schedule: Map
 
 def _pairs(ours: Recipe, row: PublishedRow) -> list[tuple[str, Any, str]]:
     """(key, our value, published value) of every setting that both sides tell."""
-    if not row.setting and row.method != "gaussian":
+    if not row.setting and bool(ours.setting.keys() - {"m"}):
         return []
     theirs = {**UNSAID, **_parsed(row.setting)}
     return [(key, ours.setting[key], theirs[key]) for key in theirs if key in ours.setting]

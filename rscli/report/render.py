@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING
 
 from rscli.report.comparison import Comparison
 from rscli.report.export import to_csv, to_json
 from rscli.report.tables import Cell, Table, tables, widths
-from rscli.text import plain
+from rscli.text import one_line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,16 +30,10 @@ def render(comparison: Comparison, form: str) -> str:
 def print_tables(comparison: Comparison, console: Console) -> None:
     """Shows the tables on a `console`, split between columns where it is too narrow; no figure is ever cut off."""
     for table in tables(comparison):
-        console.print(f"\n{table.title}", style="bold", highlight=False)
-        for part in _parts(_plain_table(table, console.encoding), console.width):
+        console.print(visible(f"\n{table.title}"), style="bold", highlight=False)
+        for part in _parts(table, console.width):
             _print(part, console)
-        console.print(table.caption, style="dim", highlight=False)
-
-
-def _plain_table(table: Table, encoding: str) -> Table:
-    """The table as a console of this `encoding` shows it, so that its columns are as wide as what they hold."""
-    rows = tuple(tuple(Cell(plain(cell.text, encoding), plain(cell.detail, encoding)) for cell in row) for row in table.rows)
-    return replace(table, header=tuple(plain(name, encoding) for name in table.header), rows=rows)
+        console.print(visible(table.caption), style="dim", highlight=False)
 
 
 def _parts(table: Table, width: int) -> Iterator[Table]:
@@ -60,11 +53,10 @@ def _parts(table: Table, width: int) -> Iterator[Table]:
 
 def _print(table: Table, console: Console) -> None:
     from rich.table import Table as Grid
-    from rich.text import Text
 
     grid = Grid(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     for position, name in enumerate(table.header):
-        grid.add_column(Text(name), justify="right" if position else "left", no_wrap=position > 0, overflow="fold")
+        grid.add_column(one_line(name), justify="right" if position else "left", no_wrap=position > 0, overflow="fold")
     for row in table.rows:
         grid.add_row(*map(_two_lines, row))
     console.print(grid)
@@ -73,7 +65,8 @@ def _print(table: Table, console: Console) -> None:
 def _two_lines(cell: Cell) -> Text:
     from rich.text import Text
 
-    return Text.assemble(cell.text, (f"\n{cell.detail}", "dim")) if cell.detail else Text(cell.text)
+    text, detail = one_line(cell.text), one_line(cell.detail)
+    return Text.assemble(text, (f"\n{detail}", "dim")) if detail else Text(text)
 
 
 def _plain(comparison: Comparison) -> str:
@@ -99,7 +92,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _markdown_text(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", one_line(text))
 
 
 def _latex(comparison: Comparison) -> str:
@@ -119,8 +112,7 @@ def _latex_table(table: Table) -> str:
             "    \\toprule",
             line([latex_text(name) for name in table.header]),
             "    \\midrule",
-            # after \\, an asterisk or a bracket would be an option of the line break
-            *(line(["{}" + text if text[:1] in ("[", "*") else text for text in map(_latex_cell, row)]) for row in table.rows),
+            *(line([_latex_cell(cell) for cell in row]) for row in table.rows),
             "    \\bottomrule",
             "  \\end{tabular}",
             "\\end{table}",
@@ -153,7 +145,7 @@ _LATEX = str.maketrans(
 
 def latex_text(text: str) -> str:
     """`text` as LaTeX that typesets it: special characters escaped, the signs of our tables in mathematics."""
-    return text.translate(_LATEX)
+    return one_line(text).translate(_LATEX)
 
 
 FORMATS: dict[str, Callable[[Comparison], str]] = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SUBSETS = "published_mnist_subsets.csv"
-"""A table beside presets: the published MNIST results (LeNet), each on the first 500 and on the first 1,000 test images."""
+"""A table beside presets: published results on the first 500 and on the first 1,000 test images."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def _first(fields: Mapping[str, str], images: int, names: Mapping[str, str]) -> 
     """One line's figures on the first `images` test images; certified accuracies are there for the first 500 only."""
     sd = fields[f"sd_first{images}"]
     return PublishedRow(
-        dataset="mnist",
-        arch="lenet",
+        dataset=fields["dataset"],
+        arch=fields["arch"],
         method=fields["method"],
         sigma=float(fields["sigma"]),
         setting=fields["setting"],

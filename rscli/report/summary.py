@@ -51,6 +51,7 @@ def summarise(run: Results, radii: Sequence[float]) -> Summary:
         n=protocol.get("n"),
         alpha=alpha,
         certifier=(protocol.get("certifier") or {}).get("name"),
+        norm=protocol.get("norm") or "L2",
         acr=metrics.acr(run.radius, run.correct),
         lower_bound=bool(grid(run)),
         largest=float(run.radius.max(initial=0, where=run.correct)),
@@ -59,7 +60,7 @@ def summarise(run: Results, radii: Sequence[float]) -> Summary:
         abstained_upper_bound=bool(undecided(run, [0.0])),
         saturated=None if run.saturated is None else int(run.saturated.sum()),
         samples=samples,
-        seconds=float(run.seconds.sum()),
+        seconds=None if np.isnan(run.seconds).any() else float(run.seconds.sum()),
         may_be_wrong=None if alpha is None else metrics.wrong_certificates(images, alpha, RHO),
     )
 

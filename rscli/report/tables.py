@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
 from rscli.smoothing.summary import Tally
 from rscli.stats import metrics, paired
-from rscli.text import one_line
 
 UNKNOWN = "–"
 _PERCENT = f"{100 * LEVEL:g} %"
@@ -27,11 +27,6 @@ class Cell:
     text: str
     detail: str = ""
 
-    def __post_init__(self) -> None:
-        """Names come from outside: they are to stay on their line, and to be seen."""
-        object.__setattr__(self, "text", one_line(self.text))
-        object.__setattr__(self, "detail", one_line(self.detail))
-
 
 @dataclass(frozen=True)
 class Table:
@@ -42,10 +37,6 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     caption: str
     fixed: int = 1
-
-    def __post_init__(self) -> None:
-        """As for a cell."""
-        object.__setattr__(self, "title", one_line(self.title))
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -77,7 +68,7 @@ def _accuracy(comparison: Comparison) -> Table:
     digits = _digits(comparison)
     caption = f"± is the longer side of the {_PERCENT} Clopper-Pearson interval, for the choice of the test images."
     return Table(
-        title=f"Certified accuracy (%) by radius, {comparison.summaries[0].images:,} images",
+        title=f"Certified accuracy (%) by {comparison.norm} radius, {comparison.summaries[0].images:,} images",
         header=("model", "ACR", *map(radius_text, comparison.radii)),
         rows=tuple(
             (Cell(summary.name), Cell(acr_text(summary)), *(_point(point, digits) for point in summary.points))
@@ -119,7 +110,7 @@ def _groups(comparison: Comparison) -> Table:
         return (Cell(group.name), seeds, Cell(acr_text(group), f"±{group.acr_sd:.4f}"), *accuracies)
 
     return Table(
-        title="Mean over training seeds: certified accuracy (%) by radius",
+        title=f"Mean over training seeds: certified accuracy (%) by {comparison.norm} radius",
         header=("model", "seeds", "ACR", *map(radius_text, comparison.radii)),
         rows=tuple(row(group) for group in comparison.groups),
         caption="± is the standard deviation over the seeds (divided by one less). All are on the same images, so their choice "
@@ -180,7 +171,7 @@ def _published(comparison: Comparison) -> Table:
         title="Beside the published figures",
         header=("model", "ACR", "published", "difference", "within?", "images", "their seeds", "their setting", "source"),
         rows=tuple(row(beside) for beside in comparison.published),
-        caption="The nearest published row of the same data set, architecture, method and sigma. within: the difference is at "
+        caption="The published row of the preset, or the one of the nearest setting. within: the difference is at "
         "most ±, twice the standard deviation from the seeds of both sides and, where images differ, from the choice of the "
         "images (taken as drawn at random). Below a setting: in what ours is another." + _BOUND * _bounded(comparison),
     )
@@ -210,7 +201,7 @@ def _published_accuracy(comparison: Comparison) -> Table:
         return (Cell(beside.name), *cells)
 
     return Table(
-        title="Published certified accuracy (%) by radius",
+        title=f"Published certified accuracy (%) by {comparison.norm} radius",
         header=("model", *map(radius_text, comparison.radii)),
         rows=tuple(row(beside) for beside in comparison.published),
         caption="Signed: ours minus theirs, in points. Each is on its own images, and at its own protocol."
@@ -241,7 +232,7 @@ def _protocol(comparison: Comparison) -> Table:
         "largest radius": lambda s: f"{metrics.round_down(s.largest, 3):.3f}",
         "may be wrong": lambda s: "" if s.may_be_wrong is None else f"≤ {s.may_be_wrong}",
         "samples": lambda s: _known(s.samples, ","),
-        "time": lambda s: _clock(s.seconds),
+        "time": lambda s: "" if s.seconds is None else str(timedelta(seconds=round(s.seconds))),
     }
     return Table(
         title="What the figures rest on",
@@ -263,12 +254,6 @@ def _abstained(summary: Summary) -> str:
 
 def _known(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else format(value, form)
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour:,}:{minute:02d}:{second:02d}"
 
 
 def widths(table: Table) -> Sequence[int]:

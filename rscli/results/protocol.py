@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+import secrets
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rscli.config.problems import faults
 from rscli.errors import InputError
 from rscli.results.rows import LARGEST_COUNT
-from rscli.runtime.files import read_json
+from rscli.runtime.files import read_json, write_text, writing
 
-FORMAT = 1
+FORMAT = 2
+"""From 2 on a protocol has a digest of its own content (`sha256`), and every part of a result names the digest."""
+
+BEING_WRITTEN_SECONDS = 2.0
+"""So long another process may take to write a protocol where the file system has no hard links; else it is there at once."""
 
 OF_THE_START = ("start", "skip", "max", "trial")
 """Entries of `info` that say which images a run began with, and whether after a trial; one that goes on may take others."""
+
+OF_THE_MODEL = ("classes", "images")
+"""Entries of `info` that older protocols lack: classes and images are those of the model and the split, whose digests agree."""
 
 
 class _Part(BaseModel):
@@ -48,10 +60,13 @@ class _Info(_Part):
     threads: int | None = Field(None, ge=1)
     trial: bool | None = None
     compile: bool | None = None
+    classes: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    images: int | None = Field(None, ge=1, le=LARGEST_COUNT)
 
 
 class _Protocol(_Part):
     format: int = Field(ge=1)
+    sha256: str | None = None
     dataset: str | None = None
     split: str | None = None
     noise: _Named | None = None
@@ -73,21 +88,89 @@ def protocol_path(path: Path) -> Path:
 
 
 def read_protocol(path: Path) -> dict[str, Any] | None:
-    """The protocol of the result file `path`; None if it has none. Raises `InputError` if it is broken or of a newer format."""
+    """The protocol of the result file `path`; None if it has none.
+
+    Raises `InputError` if it is broken, of a newer format, or not what rscli wrote (`sha256` is the digest of the rest of it).
+    """
     beside = protocol_path(path)
     if not beside.exists():
         return None
-    protocol = read_json(beside, "protocol file")
+    protocol = _read_whole(beside)
     if not isinstance(protocol, dict) or not isinstance(protocol.get("format"), int):
         raise InputError(f"{beside} is not the protocol of a result file: it has no format number")
     if protocol["format"] > FORMAT:
         raise InputError(f"{beside} has format {protocol['format']}, this rscli reads up to {FORMAT}", "Update rscli.")
+    hint = "Put the protocol file back as it was written."
     try:
         _Protocol.model_validate(protocol)
     except ValidationError as cause:
-        hint = "Put the protocol file back as it was written."
         raise InputError(f"{beside} is broken: {'; '.join(faults(cause))}", hint) from cause
+    said, found = protocol.get("sha256"), digest(protocol)
+    if said != found and (said is not None or protocol["format"] > 1):
+        text = f"{beside} was changed after it was written: its sha256 is {said or 'missing'}, but its content has {found}"
+        raise InputError(text, hint)
     return protocol
+
+
+def _read_whole(beside: Path) -> Any:
+    """The JSON in `beside`; one that another process is just writing is waited for."""
+    until = time.monotonic() + BEING_WRITTEN_SECONDS
+    while True:
+        try:
+            return read_json(beside, "protocol file")
+        except InputError as cause:
+            with contextlib.suppress(OSError):
+                if not beside.read_bytes().endswith(b"\n") and time.monotonic() < until:
+                    time.sleep(0.02)
+                    continue
+            hint = "Put it back as it was written. If no row has been written beside it yet, remove it."
+            raise InputError(cause.message, hint) from cause
+
+
+def digest(protocol: dict[str, Any]) -> str:
+    """The SHA-256 (hex) of a protocol's content, in whatever order it is written: of all but its entry `sha256`.
+
+    `info` is part of it: a protocol is written once, and a run that goes on leaves it as it is.
+    """
+    content = {key: value for key, value in protocol.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def claim(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Writes the protocol of the result `path`, unless one is there, and returns the one that is there now.
+
+    Of several processes that do this at once exactly one writes its own; the others get that one. Raises as `write_text` does.
+    """
+    plain = {**json.loads(json.dumps(protocol)), "format": FORMAT}
+    signed = {**plain, "sha256": digest(plain)}
+    beside = protocol_path(path)
+    if not beside.exists():
+        mine = beside.with_name(f".{beside.name}.{secrets.token_hex(4)}.part")
+        try:
+            write_text(mine, json.dumps(signed, indent=2, ensure_ascii=False) + "\n")
+            _place(mine, beside)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(mine)  # noqa: PTH108
+    there = read_protocol(path)
+    if there is None:
+        raise InputError(f"{beside} was removed while this run began", "Run the same command again.")
+    return there
+
+
+def _place(mine: Path, beside: Path) -> None:
+    """Gives the whole file `mine` the name `beside` too, unless that is taken; without hard links, copies it there."""
+    with writing(beside), contextlib.suppress(FileExistsError):
+        try:
+            os.link(mine, beside)
+        except FileExistsError:
+            raise
+        except OSError:
+            text = mine.read_bytes()
+            with beside.open("xb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -117,11 +200,11 @@ def agree(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> lis
             "Put the protocol file back, or choose another --out.",
         )
     info = [dict(protocol.get("info") or {}) for protocol in (before, now)]
-    changed = differences({**before, "info": {}}, {**now, "info": {}})
+    changed = differences(*({**protocol, "info": {}, "format": 0, "sha256": ""} for protocol in (before, now)))
     if changed:
         raise InputError(
             f"{path} was begun with another protocol:\n" + "\n".join(f"  {line}" for line in changed),
             "Rows of one file must be comparable. Use the same model, data and options, or choose another --out.",
         )
-    info = [{key: value for key, value in one.items() if key not in OF_THE_START} for one in info]
+    info = [{key: value for key, value in one.items() if key not in (*OF_THE_START, *OF_THE_MODEL)} for one in info]
     return [f"{path.name}, since it was begun: {line}" for line in differences(*info)]

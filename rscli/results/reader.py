@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rscli.errors import InputError
+from rscli.results.check import check_rows, unchecked
+from rscli.results.foreign import Table, lines_of, read_text
 from rscli.results.protocol import read_protocol
-from rscli.results.rows import FIELD_COLUMNS, Row, broken, cells_of, parse_row
+from rscli.results.rows import Row, broken
 from rscli.results.shards import missing_shards, parts_of, result_of, union, whole_rows
-from rscli.runtime.files import open_regular
-from rscli.system import system_error
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 class Results:
     """A result file, ours or another tool's: arrays (images,) in the order of its lines.
 
-    `radius` is >= 0; `seconds` is the column `time`. Our own columns are None unless every row has them. `protocol` is None
-    for a file that has none beside it; `notes` are lines that a reader should know of.
+    `radius` is >= 0; `seconds` is the column `time`, NaN where it is unknown. Our own columns are None unless every row has
+    them. `protocol` is None for a file that has none beside it; `notes` are lines that a reader should know of.
     """
 
     path: Path
@@ -49,67 +48,58 @@ class Results:
 def read_results(path: Path) -> Results:
     """Reads a result file of ours, or one that the field's other tools wrote; a folder stands for its `results.tsv`.
 
-    Understands times with and without microseconds or days, blanks at the ends of lines, CRLF, more columns than it knows.
-    A last line of ours without line feed (its run goes on, or was killed) is left out, with a note. Raises `InputError` with
-    the line number for every broken line, and for a file that is missing, empty or of another kind.
+    Reads what is unambiguous of other tools' forms, and of what editors and spreadsheets make of a file: any time or none,
+    True and False, other separators and line ends (`rscli.results.foreign`), and says so in `notes`. A last line of ours
+    without line feed (its run goes on, or was killed) is left out, with a note. Raises `InputError` with the line number for
+    every broken line and every row that cannot be under the protocol beside it (`rscli.results.check`), for a part of another
+    protocol, and for a file that is missing, empty or of another kind.
     """
     path = result_of(path / "results.tsv" if path.is_dir() else path)
     protocol = read_protocol(path)
-    notes: tuple[str, ...] = ()
+    why_not = None if protocol is None else unchecked(protocol)
+    notes = [f"{path}: its rows are not recomputed: {why_not}"] if why_not else []
     if parts := parts_of(path):
-        together = union(path, whole_rows(path)[0] if path.exists() else [])
+        together = union(path, whole_rows(path, protocol)[0] if path.exists() else [], protocol)
         missing = missing_shards(path)
         those = "1 part is" if len(parts) == 1 else f"{len(parts)} parts are"
-        notes = (f"{path}: its {those} not put together yet; `rscli certify --resume` does that",)
-        notes += () if missing is None else (f"{path}: missing shards: {missing}; their images are left out",)
+        notes.append(f"{path}: its {those} not put together yet; `rscli certify --resume` does that")
+        notes += [] if missing is None else [f"{path}: missing shards: {missing}; their images are left out"]
         return _results(path, sorted(together, key=lambda row: row.idx), protocol, notes)
-    header, *lines = _text(path).split("\n")
-    columns = _columns(path, header)
-    if protocol is not None and lines and lines[-1]:  # rscli ends every line; other tools may not end the last
-        del lines[-1]
-        notes = (f"{path}: the last line is not whole and is left out; its run goes on, or was stopped",)
+    text, formal = read_text(path)
+    notes += formal
+    if protocol is not None and "\n" in text and not text.endswith("\n"):  # rscli ends every line; others may not end the last
+        text = text[: text.rindex("\n") + 1]
+        notes.append(f"{path}: the last line is not whole and is left out; its run goes on, or was stopped")
+    rows, lines, changes = _rows(path, text, ours=protocol is not None)
+    if not rows:
+        raise InputError(f"{path} has no rows: not one image is certified in it", "`rscli certify --resume` goes on with it.")
+    if protocol is not None:
+        check_rows(path, rows, lines, protocol)
+    return _results(path, rows, protocol, notes + changes)
+
+
+def _rows(path: Path, text: str, *, ours: bool) -> tuple[list[Row], list[int], list[str]]:
+    """The rows of a text, their line numbers, and notes."""
+    numbered = lines_of(text)
+    _, header = next(((number, line) for number, line in numbered if ours or not line.startswith("#")), (1, ""))
+    table = Table(path, header, ours=ours)
     rows: dict[int, Row] = {}
-    for number, line in enumerate(lines, start=2):
-        if not line.strip():
-            continue
+    lines: list[int] = []
+    for number, line in numbered:
         try:
-            row = parse_row(line, columns)
+            row = table.row(line)
         except ValueError as cause:
             raise broken(path, number, cause) from cause
+        if row is None:
+            continue
         if row.idx in rows:
             raise broken(path, number, f"image {row.idx} is in an earlier line already")
         rows[row.idx] = row
-    if not rows:
-        raise InputError(f"{path} has no rows: not one image is certified in it", "`rscli certify --resume` goes on with it.")
-    return _results(path, list(rows.values()), protocol, notes)
+        lines.append(number)
+    return list(rows.values()), lines, table.notes()
 
 
-def _text(path: Path) -> str:
-    try:
-        with open_regular(path, "result file", "`rscli certify` writes one.") as file:
-            return file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as cause:
-        raise InputError(f"{path} is not a result file: it is not text", _EXPECTED) from cause
-    except OSError as cause:
-        raise system_error(cause, path, "read the result file") from cause
-
-
-_EXPECTED = f"A result file has columns separated by tabs, and a header with at least {' '.join(FIELD_COLUMNS)}."
-
-
-def _columns(path: Path, header: str) -> list[str]:
-    """The names in the header. Raises `InputError` if one that is needed is missing, or one is there twice."""
-    names = cells_of(header, 1)
-    missing = [name for name in FIELD_COLUMNS if name not in names]
-    if missing:
-        found = header.strip()[:80] or "an empty line"
-        raise InputError(f"{path} is not a result file: no column {', '.join(missing)}; its first line is {found!r}", _EXPECTED)
-    if len(set(names)) < len(names):
-        raise InputError(f"{path} has two columns of the same name: {' '.join(names)}", _EXPECTED)
-    return names
-
-
-def _results(path: Path, rows: list[Row], protocol: dict[str, Any] | None, notes: tuple[str, ...]) -> Results:
+def _results(path: Path, rows: list[Row], protocol: dict[str, Any] | None, notes: list[str]) -> Results:
     def ints(name: str) -> NDArray[np.int64] | None:
         values = [getattr(row, name) for row in rows]
         return None if None in values else np.array(values, np.int64)
@@ -118,7 +108,7 @@ def _results(path: Path, rows: list[Row], protocol: dict[str, Any] | None, notes
     reasons = tuple(row.reason for row in rows if row.reason is not None)
     return Results(
         path=path,
-        name=Path(os.path.realpath(path)).parent.name if path.name == "results.tsv" else path.stem,
+        name=path.resolve().parent.name if path.name == "results.tsv" else path.stem,
         idx=np.array([row.idx for row in rows], np.int64),
         label=np.array([row.label for row in rows], np.int64),
         predict=np.array([row.predict for row in rows], np.int64),
@@ -132,5 +122,5 @@ def _results(path: Path, rows: list[Row], protocol: dict[str, Any] | None, notes
         reason=reasons if len(reasons) == len(rows) else None,
         saturated=None if saturated is None else saturated.astype(np.bool_),
         protocol=protocol,
-        notes=notes,
+        notes=tuple(notes),
     )

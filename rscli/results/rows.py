@@ -44,10 +44,12 @@ LARGEST_RADIUS = 1000.0
 
 _TIME = re.compile(r"(?:(\d{1,9}) days?, )?(\d{1,9}):(\d\d):(\d\d(?:\.\d{1,99})?)")
 
+_PLAIN_SECONDS = re.compile(r"\d{1,12}(?:\.\d{0,99})?(?:[eE][+-]?\d{1,2})?")
+
 
 @dataclass(frozen=True)
 class Row:
-    """One image. `seconds` is the column `time`; what a foreign file does not say is None."""
+    """One image. `seconds` is the column `time` (NaN: unknown); what else a foreign file does not say is None."""
 
     idx: int
     label: int
@@ -71,8 +73,11 @@ def format_row(row: Row) -> str:
     return "\t".join("" if cell is None else str(cell) for cell in (*field, *ours)) + "\n"
 
 
-def parse_row(line: str, columns: Sequence[str] = COLUMNS) -> Row:
-    """The row of a `line` whose cells are `columns`, ours or not. Raises `ValueError` saying what is wrong with it."""
+def parse_row(line: str, columns: Sequence[str] = COLUMNS, *, foreign: bool = False) -> Row:
+    """The row of a `line` whose cells are `columns`; of a `foreign` one, the time may be plain seconds, or unknown.
+
+    Raises `ValueError` saying what is wrong with it.
+    """
     texts = cells_of(line, len(columns))
     if len(texts) != len(columns):
         raise ValueError(f"it has {len(texts)} columns, not {len(columns)}")
@@ -93,7 +98,7 @@ def parse_row(line: str, columns: Sequence[str] = COLUMNS) -> Row:
         predict=integer("predict"),
         radius=_number(cells["radius"], "radius", float),
         correct=_flag(cells["correct"], "correct"),
-        seconds=_seconds(cells["time"]),
+        seconds=_any_seconds(cells.get("time", "")) if foreign else _seconds(cells.get("time", "")),
         n0=optional("n0"),
         n=optional("n"),
         count=optional("count"),
@@ -156,10 +161,20 @@ def _seconds(text: str) -> float:
     """Seconds of H:MM:SS, with or without a fraction, and with the days that Python's timedelta puts in front."""
     found = _TIME.fullmatch(text)
     if found is None:
-        raise ValueError(f"time is {text!r}, but must be H:MM:SS, as in 0:00:16.301146")
+        raise ValueError(f"time is {text!r}, but must be H:MM:SS, as in 0:00:16.301146, or seconds")
     days, hours, minutes, seconds = found.groups()
     return int(days or 0) * 86_400 + int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
+def _any_seconds(text: str) -> float:
+    """As `_seconds`, and of plain seconds, such as Cohen et al.'s logs have (`15.4`); NaN for none."""
+    if not text or text.lower() in ("nan", "none", "-"):
+        return math.nan
+    if _PLAIN_SECONDS.fullmatch(text):
+        return float(text)
+    return _seconds(text)
+
+
 def broken(path: Path, number: int, why: object) -> InputError:
+    """The error for line `number` of a result file, and why it is one."""
     return InputError(f"{path}, line {number}: {why}", "Restore the file, or remove that line.")

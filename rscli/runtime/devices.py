@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rscli.errors import InputError
+from rscli.runtime.torchrun import local_rank
 
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""What Linux calls the instructions: the first two on x86, the last on ARM."""
 PRECISIONS = ("fp32", "tf32", "bf16")
 PACKAGES = ("rscli", "torch", "torchvision", "timm", "numpy", "scipy", "pydantic", "safetensors", "scikit-learn", "matplotlib")
 
@@ -29,7 +34,7 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and torch.cuda.is_available():
-            own = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            own = local_rank() % torch.cuda.device_count()
             device = torch.device("cuda", own if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
@@ -42,19 +47,42 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def precision_scope(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context in which a forward runs in `precision` (fp32, tf32, bf16). TF32 exists on CUDA only.
-
-    fp32 means it: TF32 is switched off, also where a library had switched it on. Raises `InputError` for other names.
-    """
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises `InputError` unless `precision` is one of fp32, tf32 and bf16 that `device` has. TF32 exists on CUDA only."""
     if precision not in PRECISIONS:
         raise InputError(f"precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}")
     if precision == "tf32" and device.type != "cuda":
         raise InputError(f"precision tf32 exists on CUDA devices only, not on {device.type}", "Use fp32 or bf16.")
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def precision_scope(precision: str, device: torch.device) -> Iterator[None]:
+    """The context in which a forward runs in `precision`; raises as `check_precision` does.
+
+    fp32 means it: TF32 is switched off meanwhile, also where a library had switched it on.
+    """
+    check_precision(precision, device)
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if device.type == "cuda" else ()
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = precision == "tf32"
+        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+            yield
+    finally:
+        for flag, allowed in zip(flags, before, strict=True):
+            flag.allow_tf32 = allowed
+
+
+def slow_bf16(device: torch.device) -> bool:
+    """Whether `device` has no instructions for bf16 and emulates them, which is many times slower than fp32."""
+    if device.type != "cpu":
+        return False
+    try:
+        flags = set(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:  # not Linux
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # also true of some that emulate them
+    return not flags & BF16_FLAGS
 
 
 def memory_layout(channels_last: bool) -> torch.memory_format:

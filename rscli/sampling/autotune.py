@@ -1,6 +1,6 @@
 """How to sample fastest here: a trial of a few seconds, over memory layouts, batch sizes and lanes, and maybe torch.compile.
 
-The best choice differs by machine and network (certification.md measured factors of 4 to 6 on one CPU), so it is measured and
+The best choice differs by machine and network (bench/README.md has factors of 4 to 6 on one CPU), so it is measured and
 reported, not assumed. What is measured is the engine itself, noise and counting included.
 """
 
@@ -43,7 +43,7 @@ CLEARLY = 1.05
 class Choice:
     """How batches are classified: their size, memory layout, how many lanes side by side, and whether by torch.compile.
 
-    `speed`: the samples a second that a trial measured (None: not tried).
+    `speed`: the samples per second that a trial measured (None: not tried).
     """
 
     batch: int
@@ -145,7 +145,7 @@ def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop
 
 
 class _Trial:
-    """Counts the samples of endless inquiries, from when every lane has done a portion or two."""
+    """Counts the samples of endless requests, from when every lane has done a portion or two."""
 
     def __init__(self, sampler: Sampler, shape: tuple[int, int, int], stop: Stop) -> None:
         self.sampler, self.shape, self.stop = sampler, shape, stop

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rscli.api import Noise
+from rscli.runtime.guard import broken, calling, draw_noise
 from rscli.runtime.seeds import block_generator
 
 BLOCK = 64
@@ -21,10 +22,10 @@ BLOCK = 64
 
 
 class Block:
-    """One block of an image's noise, drawn once, when it is first asked for."""
+    """One block of an image's noise, drawn once, when it is first asked for; `smoothing` puts it on the image."""
 
-    def __init__(self, draw: Callable[[], Tensor]) -> None:
-        self._draw = draw
+    def __init__(self, draw: Callable[[], Tensor], smoothing: Noise) -> None:
+        self._draw, self.smoothing = draw, smoothing
         self._lock = threading.Lock()
         self._noise: Tensor | None = None
 
@@ -38,7 +39,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive samples of one image: the image (channel, height, width) plus the noise `first` to `last` of a block."""
+    """Consecutive samples of one image: the image (channel, height, width) under the noise `first` to `last` of a block."""
 
     image: Tensor
     block: Block
@@ -52,9 +53,15 @@ class Piece:
 
     def into(self, out: Tensor) -> None:
         """Writes the noisy images to `out` (samples, channel, height, width)."""
-        torch.add(self.block.noise()[self.first : self.last], self.image, out=out)
+        noise = self.block.noise()[self.first : self.last]
+        with calling(self.block.smoothing, "apply"):
+            made = self.block.smoothing.apply(self.image, noise, out=out)
+        if made.shape != out.shape:
+            raise broken(self.block.smoothing, "apply", f"returned {tuple(made.shape)} where {tuple(out.shape)} is wanted")
+        if made is not out:  # a distribution that does not know how to write to a place
+            out.copy_(made)
 
-    def parted(self, samples: int) -> tuple[Piece, Piece]:
+    def split_at(self, samples: int) -> tuple[Piece, Piece]:
         """The first `samples` of it, and the others."""
         middle = self.first + samples
         return Piece(self.image, self.block, self.first, middle), Piece(self.image, self.block, middle, self.last)
@@ -68,7 +75,7 @@ def cut(pieces: list[Piece], most: int) -> list[list[Piece]]:
         rest = piece
         while rest.samples > room:
             if room:
-                part, rest = rest.parted(room)
+                part, rest = rest.split_at(room)
                 groups[-1].append(part)
             groups.append([])
             room = most
@@ -96,7 +103,8 @@ class NoiseBlocks:
         found = []
         for number in range(start // BLOCK, (end - 1) // BLOCK + 1):
             begin = number * BLOCK
-            block = self._kept.pop((key, number), None) or Block(self._drawing(key, number, tuple(image.shape)))
+            drawing = self._drawing(key, number, tuple(image.shape))
+            block = self._kept.pop((key, number), None) or Block(drawing, self.noise)
             if end < begin + BLOCK:
                 self._kept[key, number] = block
                 if len(self._kept) > self.most:
@@ -111,6 +119,6 @@ class NoiseBlocks:
     def _drawing(self, key: int, number: int, shape: tuple[int, ...]) -> Callable[[], Tensor]:
         def draw() -> Tensor:
             random = block_generator(self.device, self.seed, key, number)
-            return self.noise.sample((BLOCK, *shape), generator=random, device=self.device)
+            return draw_noise(self.noise, (BLOCK, *shape), random, self.device)
 
         return draw

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rscli.errors import RscliError
-from rscli.models.modelfile import Model
-from rscli.runtime.devices import memory_layout, pick_device, precision_scope
+from rscli.errors import InputError, RscliError
+from rscli.models.smoothed import Smoothed
+from rscli.runtime.devices import check_precision, memory_layout, pick_device, slow_bf16
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.sampling.autotune import Choice, Make, Stop, speed_of, try_compiled, tune
@@ -57,16 +57,21 @@ class SamplingOptions:
     compile: bool | None = None
 
     def sampler(
-        self, model: Model, work: Work, before: Mapping[str, Any], progress: Progress, stop: Stop
+        self, model: Smoothed, work: Work, before: Mapping[str, Any], progress: Progress, stop: Stop
     ) -> tuple[Sampler, Choice]:
-        """A sampler of `model`, moved to the device, and how it was chosen.
+        """A sampler of `model`, whose network is moved to the device, and how it was chosen.
 
         `before` is the `info` of a run that is continued; `stop` is asked during a trial, which it ends. Raises `InputError`
-        for a device or precision that is not to be had, `RscliError` if torch.compile was asked for and cannot compile.
+        for a device or precision that is unavailable or if the images' shape is unknown, `RscliError` if torch.compile was
+        asked for and cannot compile.
         """
         device = pick_device(self.device)
-        precision_scope(self.precision, device)
-        shape = model.card.spec.shape
+        check_precision(self.precision, device)
+        if self.precision == "bf16" and slow_bf16(device):
+            progress.warn("this CPU has no instructions for bf16: it is emulated, several times slower than --precision fp32")
+        shape = model.shape
+        if shape is None:
+            raise InputError("the shape of the images is unknown", "Give input_shape=(channel, height, width).")
         make = self._maker(model, device)
         batch = self.batch or before.get("batch")
         channels_last = self.channels_last if self.channels_last is not None else before.get("channels_last")
@@ -94,22 +99,22 @@ class SamplingOptions:
         long = choice.speed is not None and work.samples > COMPILE_SECONDS * choice.speed
         return long and not work.early and self.precision != "bf16" and self.autotune is not False
 
-    def _maker(self, model: Model, device: torch.device) -> Make:
+    def _maker(self, model: Smoothed, device: torch.device) -> Make:
         """What makes the sampler of a choice. All samplers share the network; it is moved to the layout of the latest."""
-        classifier: nn.Module = model.classifier.to(device).eval()
+        network: nn.Module = model.network.to(device).eval()
 
         @cache
         def compiled() -> Callable[[Tensor], Tensor]:
             # one static shape; on CUDA, "reduce-overhead" replays the forward as a CUDA graph
             mode = "reduce-overhead" if device.type == "cuda" else "default"
-            return OnceCompiled(torch.compile(classifier, mode=mode, dynamic=False))
+            return OnceCompiled(torch.compile(network, mode=mode, dynamic=False))
 
         def make(choice: Choice) -> Sampler:
-            classifier.to(memory_format=memory_layout(choice.channels_last))
+            network.to(memory_format=memory_layout(choice.channels_last))
             return Sampler(
-                compiled() if choice.compiled else classifier,
+                compiled() if choice.compiled else network,
                 model.noise,
-                len(model.card.spec.class_names),
+                model.classes,
                 seed=self.seed,
                 batch=choice.batch,
                 device=device,

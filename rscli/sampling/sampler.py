@@ -24,7 +24,7 @@ from rscli.errors import InputError, PluginError, RscliError
 from rscli.runtime.devices import memory_layout, precision_scope
 from rscli.runtime.memory import enough_memory, out_of_memory
 from rscli.sampling.blocks import BLOCK, NoiseBlocks, Piece, cut
-from rscli.sampling.requests import Inquiry
+from rscli.sampling.requests import Request
 from rscli.sampling.threads import lanes
 
 TOO_LARGE = "Free its memory, or take another device (--device)."
@@ -42,14 +42,14 @@ PORTION, MOST = 256, 4
 class _Active:
     """An image that is being sampled: its slot in the table of counts, and how far its samples have been handed out."""
 
-    inquiry: Inquiry
+    request: Request
     slot: int
     image: Tensor
     drawn: int = 0
 
     @property
     def outstanding(self) -> int:
-        return self.inquiry.wanted - self.drawn
+        return self.request.wanted - self.drawn
 
 
 _Segment = tuple[_Active, int, int]
@@ -63,7 +63,7 @@ _Snapshot = tuple[Tensor, torch.cuda.Event | None]
 
 
 class Sampler:
-    """Draws samples for any number of inquiries in batches of one static shape, `lanes` of them side by side.
+    """Draws samples for any number of requests in batches of one static shape, `lanes` of them side by side.
 
     With more than one lane, the model and the noise are called by several threads at once.
     """
@@ -104,10 +104,10 @@ class Sampler:
         """How many samples are handed out at a time: those of one batch, or of several small ones."""
         return self.batch * self._batches
 
-    def run(self, inquiries: Iterable[Inquiry | None], stop: Callable[[], bool] = lambda: False) -> Iterator[Inquiry]:
-        """Yields each inquiry when it wants no more, in the order in which they end; a few batches' worth is open at a time.
+    def run(self, requests: Iterable[Request | None], stop: Callable[[], bool] = lambda: False) -> Iterator[Request]:
+        """Yields each request when it wants no more, in the order in which they end; a few batches' worth is open at a time.
 
-        None among `inquiries` says: no further one now, ask again for the next portion. It may come only while some are open.
+        None among `requests` says: no further one now, ask again for the next portion. It may come only while some are open.
         `stop` is asked before every portion; once it says True, nothing more is drawn or yielded. Of a run that was stopped or
         failed, the next one knows nothing.
         Raises `RscliError` if the model's logits are not finite or a single image does not fit into memory, `PluginError` if
@@ -117,8 +117,8 @@ class Sampler:
         self._free = deque(range(len(self._counts)))
         self._counts.zero_()
         self._sum.zero_()
-        waiting = iter(inquiries)
-        under_way: deque[Callable[[], list[Inquiry]]] = deque()
+        waiting = iter(requests)
+        under_way: deque[Callable[[], list[Request]]] = deque()
         with lanes(self.lanes) as pool:
             while not stop():
                 segments = self._fill(waiting, wait=len(under_way) >= self.lanes)
@@ -129,7 +129,7 @@ class Sampler:
                 if len(under_way) > self.lanes or not segments:
                     yield from under_way.popleft()()
 
-    def _fill(self, waiting: Iterator[Inquiry | None], *, wait: bool) -> list[_Segment]:
+    def _fill(self, waiting: Iterator[Request | None], *, wait: bool) -> list[_Segment]:
         """Segments (image, first sample, samples) for the next portion; opens new images when the open ones want too little.
 
         With `wait`, a portion that could not be filled is put off: a look that is due may want more samples.
@@ -139,10 +139,10 @@ class Sampler:
         position = 0
         while room:
             if position == len(self._active):
-                inquiry = next(waiting, None) if self._free else None
-                if inquiry is None:
+                request = next(waiting, None) if self._free else None
+                if request is None:
                     break
-                self._active.append(_Active(inquiry, self._free.popleft(), self._sent(inquiry.image())))
+                self._active.append(_Active(request, self._free.popleft(), self._sent(request.image())))
             active = self._active[position]
             position += 1
             take = min(room, active.outstanding)
@@ -155,8 +155,8 @@ class Sampler:
             active.drawn += take
         return segments
 
-    def _launch(self, segments: list[_Segment], pool: ThreadPoolExecutor | None) -> Callable[[], list[Inquiry]]:
-        """Has the samples of `segments` classified; what is returned hands the looks that are due to their inquiries.
+    def _launch(self, segments: list[_Segment], pool: ThreadPoolExecutor | None) -> Callable[[], list[Request]]:
+        """Has the samples of `segments` classified; what is returned hands the looks that are due to their requests.
 
         Without a pool everything is queued on the device at once; with one, counting waits for the lane.
         """
@@ -164,14 +164,14 @@ class Sampler:
         pieces = [
             piece
             for active, start, take in segments
-            for piece in self._blocks.pieces(active.inquiry.key, active.image, start, take)
+            for piece in self._blocks.pieces(active.request.key, active.image, start, take)
         ]
         if pool is None:
             self._count(segments, self._classify(pieces))
             return partial(self._look, ready, self._snapshot(ready))
         votes = pool.submit(self._classify, pieces)
 
-        def finish() -> list[Inquiry]:
+        def finish() -> list[Request]:
             self._count(segments, votes.result())
             return self._look(ready, self._snapshot(ready))
 
@@ -267,8 +267,8 @@ class Sampler:
         return host, event
 
     @torch.inference_mode()
-    def _look(self, ready: list[_Active], snapshot: _Snapshot | None) -> list[Inquiry]:
-        """Hands the counts to their inquiries; returns those that are done."""
+    def _look(self, ready: list[_Active], snapshot: _Snapshot | None) -> list[Request]:
+        """Hands the counts to their requests; returns those that are done."""
         if snapshot is None:
             return []
         table, event = snapshot
@@ -280,8 +280,8 @@ class Sampler:
             raise RscliError("the model returned logits that are not finite (NaN or infinity)", hint)
         done, again = [], []
         for active, row in zip(ready, counts, strict=False):
-            finished = active.inquiry.receive(row.copy())
-            if finished or active.inquiry.fresh:
+            finished = active.request.receive(row.copy())
+            if finished or active.request.fresh:
                 again.append(active.slot)
             if finished:
                 done.append(active)
@@ -290,5 +290,5 @@ class Sampler:
         for active in done:
             self._active.remove(active)
             self._free.append(active.slot)
-            self._blocks.forget(active.inquiry.key, active.drawn)
-        return [active.inquiry for active in done]
+            self._blocks.forget(active.request.key, active.drawn)
+        return [active.request for active in done]

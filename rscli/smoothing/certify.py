@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,33 +14,39 @@ from rscli.api import Certifier, Dataset, fields_of
 from rscli.config.layers import build_section
 from rscli.config.problems import Problems
 from rscli.config.settings import flatten
-from rscli.data.splits import Split, open_split
+from rscli.data.splits import Split, open_split, spec_of
 from rscli.errors import InputError, RscliError, Stopped
-from rscli.models.modelfile import Model, load_model
+from rscli.models.card import ModelCard
+from rscli.models.modelfile import card_of, load_model
+from rscli.models.smoothed import Smoothed
 from rscli.registry import installed
-from rscli.results.protocol import protocol_path, read_protocol
+from rscli.results.protocol import FORMAT, protocol_path, read_protocol
 from rscli.results.shards import part_path, parts_of, union
 from rscli.results.writer import ResultWriter
 from rscli.runtime.devices import environment
+from rscli.runtime.guard import largest_p_a
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest, stop_requests
 from rscli.sampling.autotune import Choice
 from rscli.sampling.blocks import BLOCK
 from rscli.sampling.options import SamplingOptions, Work
-from rscli.sampling.requests import CertifierInquiry, Inquiry
+from rscli.sampling.requests import CertifierRequest, Request
 from rscli.sampling.sampler import Sampler
-from rscli.smoothing.cost import preview
-from rscli.smoothing.images import Images
+from rscli.smoothing.cost import at_most
 from rscli.smoothing.radii import decided_radii
 from rscli.smoothing.summary import Score, Tally
+from rscli.smoothing.task import CertificationTask, row_of
 from rscli.smoothing.work_queue import Ranks, join
-from rscli.text import same
+from rscli.text import same_name
 
 LONG_RUN = 1_000_000
 """From so many samples on, a trial at the start looks for the fastest batch size and layout."""
 
 SHARED_SECONDS = 30.0
 """So long may a file take to be seen by other machines that share the folder."""
+
+OWN = "rscli"
+"""The distribution whose plugins keep their tests from version to version; of others, the version counts."""
 
 SHOW_SECONDS = 0.2
 """Time between two reports of progress."""
@@ -77,40 +84,43 @@ def build_certifier(section: dict[str, Any]) -> Certifier:
     plugin = build_section("certifier", section, problems, kind="certifiers")
     problems.check()
     certifier = cast(Certifier, plugin)
-    if certifier.alpha ** (1 / certifier.n) < 0.5:
-        least = math.ceil(math.log(certifier.alpha) / math.log(0.5))
+    if largest_p_a(certifier, certifier.n) < 0.5:
+        least = 1 + bisect_left(range(1, 10**6), True, key=lambda n: largest_p_a(certifier, n) >= 0.5)
         raise InputError(
-            f"--n is {certifier.n}, but at alpha {certifier.alpha:g} not even a unanimous vote of so few certifies anything",
-            f"Use --n {least} or more.",
+            f"n is {certifier.n}, but at alpha {certifier.alpha:g} not even a unanimous vote of so few certifies anything",
+            f"Use n = {least} or more.",
         )
     return certifier
 
 
-def certify(options: CertifyOptions, progress: Progress) -> Tally:
+def certify(options: CertifyOptions, progress: Progress, waiting: Callable[[str], None] | None = None) -> Tally:
     """Certifies, or continues a run, and returns its tally; started by torchrun, does so together with the other processes.
+
+    `waiting` is told if those are long in coming (None: `progress` is): every process may have to say so, not the first alone.
 
     Raises `InputError` for a model, data, options or a result file that do not fit, and `Stopped` when asked to stop (all
     decided images are saved).
     """
     with stop_requests() as stop:
-        return _certify(options, progress, stop)
+        return _certify(options, progress, stop, join(waiting or progress.note, stop))
 
 
-def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest) -> Tally:
-    ranks = join()
+def _certify(options: CertifyOptions, progress: Progress, stop: StopRequest, ranks: Ranks) -> Tally:
     if ranks.rank == 0 and not options.resume:
         _refuse_to_overwrite(options)
     model = load_model(options.model)
     certifier = build_certifier(options.certifier)
     options = replace(options, radii=decided_radii(certifier, model.noise, options.radii))
-    split = _open(model, options)
+    split = _open(card_of(model), options)
+    if split.note and ranks.rank == 0:
+        progress.warn(split.note)
     wanted = _wanted(options, len(split))
-    images = Images(model, certifier, split, options.radii, labels=options.labels)
-    sampler, protocol = _prepare(model, images, options, ranks, progress, stop, wanted)
+    task = CertificationTask(model, certifier, split.image, options.radii, split.labels.__getitem__ if options.labels else None)
+    sampler, protocol = _prepare(model, task, split, options, ranks, progress, stop, wanted)
     with _begin(options, protocol, ranks, stop) as writer:
         for text in writer.notes if ranks.rank == 0 else ():
             progress.warn(text)
-        run = _Run(images, sampler, writer, ranks, progress, stop)
+        run = _Run(task, split, sampler, writer, ranks, progress, stop)
         return run.over(wanted, merge=options.shard is None)
 
 
@@ -118,11 +128,17 @@ class _Run:
     """One process's part of a certification."""
 
     def __init__(
-        self, images: Images, sampler: Sampler, writer: ResultWriter, ranks: Ranks, progress: Progress, stop: StopRequest
+        self,
+        task: CertificationTask,
+        split: Split,
+        sampler: Sampler,
+        writer: ResultWriter,
+        ranks: Ranks,
+        progress: Progress,
+        stop: StopRequest,
     ) -> None:
-        self.images, self.sampler, self.writer, self.ranks, self.progress, self.stop = (
-            images, sampler, writer, ranks, progress, stop
-        )  # fmt: skip
+        self.task, self.split, self.sampler, self.writer = task, split, sampler, writer
+        self.ranks, self.progress, self.stop = ranks, progress, stop
         self.score = Score(writer.rows)
         self.start = self.shown = self.decided = time.monotonic()
         self.done = self.opened = 0
@@ -132,12 +148,13 @@ class _Run:
         todo = [index for index in wanted if index not in self.writer.done]
         self.done = len(wanted) - len(todo)
         handed = self.ranks.hand_out(todo, lambda: self.opened)
-        inquiries = (None if index is None else self._inquire(index) for index in handed)
+        requests = (None if index is None else self._request_for(index) for index in handed)
         self.progress.start("certify", len(wanted), self.done, "image")
         try:
-            for inquiry in self.sampler.run(inquiries, self._tick):
+            for request in self.sampler.run(requests, self._tick):
                 before, self.decided = self.decided, time.monotonic()
-                row = self.images.row(cast(CertifierInquiry, inquiry), self.decided - before)
+                certificate = self.task.certificate(cast(CertifierRequest, request))
+                row = row_of(certificate, int(self.split.labels[certificate.index]), self.decided - before)
                 self.writer.append(row)
                 self.opened -= 1
                 self.score.add(row)
@@ -153,7 +170,7 @@ class _Run:
         self.writer.close()
         self.ranks.meet("done", self.stop)
         if merge and self.ranks.rank == 0:
-            missing = set(wanted) - {row.idx for row in union(self.writer.path, self.writer.rows)}
+            missing = set(wanted) - {row.idx for row in union(self.writer.path, self.writer.rows, self.writer.protocol)}
             if missing:
                 hint = "All processes must write to one folder: use an --out that they share, then --resume."
                 raise RscliError(f"{len(missing)} images are in no part beside {self.writer.path}", hint)
@@ -162,11 +179,11 @@ class _Run:
             samples = self.ranks.add("samples", 0)
         self.ranks.leave(self.stop)
         seconds = time.monotonic() - self.start
-        return self.score.tally(self.writer.path, self.images.radii.values(), samples, seconds)
+        return self.score.tally(self.writer.path, self.task.radii, samples, seconds)
 
-    def _inquire(self, index: int) -> Inquiry:
+    def _request_for(self, index: int) -> Request:
         self.opened += 1
-        return self.images.inquire(index)
+        return self.task.request_for(index)
 
     def _tick(self) -> bool:
         """Before every batch: shows how far all processes are, now and then, and says whether to stop."""
@@ -181,8 +198,9 @@ class _Run:
 
 
 def _prepare(
-    model: Model,
-    images: Images,
+    model: Smoothed,
+    task: CertificationTask,
+    split: Split,
     options: CertifyOptions,
     ranks: Ranks,
     progress: Progress,
@@ -196,7 +214,7 @@ def _prepare(
     if ranks.rank > 0:
         ranks.meet("protocol", stop)
         _see_protocol(options.out)
-    certifier = images.certifier
+    certifier = task.certifier
     before = read_protocol(options.out) if options.resume or ranks.rank > 0 or options.shard else None
     info = (before or {}).get("info") or {}
     samples = len(wanted) * certifier.n
@@ -205,9 +223,8 @@ def _prepare(
     if choice.speed is not None:
         progress.note(f"trial: {choice}: {choice.speed:,.0f} samples/s")
     if choice.speed is not None and not info:  # of a run that goes on, most may be done
-        for line in preview(images, wanted, sampler, choice.speed, ranks.world, lambda: stop.requested):
-            progress.note(line)
-    return sampler, _protocol(model, certifier, images.split, sampler, choice, options)
+        progress.note(at_most(task, wanted[0], len(wanted), choice.speed, ranks.world))
+    return sampler, _protocol(model, certifier, split, sampler, choice, options)
 
 
 def _see_protocol(out: Path) -> None:
@@ -252,15 +269,14 @@ def _shard_name(shard: tuple[int, int]) -> str:
     return f"shard-{shard[0]}-of-{shard[1]}"
 
 
-def _open(model: Model, options: CertifyOptions) -> Split:
+def _open(card: ModelCard, options: CertifyOptions) -> Split:
     """The split to certify, read as the model wants its input."""
-    card = model.card
     problems = Problems({**flatten({"data": card.data}, "model file"), **flatten({"data": options.data}, "--set")})
     plugin = build_section("data", {**card.data, **options.data}, problems)
     problems.check()
     dataset = cast(Dataset, plugin)
-    names = dataset.spec(options.data_dir).class_names
-    if [*map(same, names)] != [*map(same, card.spec.class_names)]:
+    names = spec_of(dataset, options.data_dir).class_names
+    if [*map(same_name, names)] != [*map(same_name, card.spec.class_names)]:
         raise InputError(
             f"the data has the classes {_some(names)}, but the model was trained on {_some(card.spec.class_names)}",
             "Labels could not be compared. Give the data set that the model was trained on (--data-dir, --set data.KEY=VALUE).",
@@ -291,20 +307,27 @@ def _wanted(options: CertifyOptions, images: int) -> list[int]:
 
 
 def _protocol(
-    model: Model, certifier: Certifier, split: Split, sampler: Sampler, choice: Choice, options: CertifyOptions
+    model: Smoothed, certifier: Certifier, split: Split, sampler: Sampler, choice: Choice, options: CertifyOptions
 ) -> dict[str, Any]:
     """What the rows depend on; `info` holds what they do not, or only in the last bits of the network's output."""
-    card, sampling = model.card, options.sampling
+    card, sampling = card_of(model), options.sampling
     origin = installed().provenance("certifiers", options.certifier["name"])
     return {
-        "format": 1,
-        "model_sha256": model.sha256,
+        "format": FORMAT,
+        "model_sha256": model.source.sha256 if model.source else None,
         "dataset": card.data["name"],
         "split": options.split,
         "data_sha256": split.fingerprint(),
         "noise": card.noise,
+        "norm": model.noise.norm,
         "sigma": model.noise.sigma,
-        "certifier": {"name": origin.name, "package": origin.package, **fields_of(certifier)},
+        "certifier": {
+            "name": origin.name,
+            "package": origin.package,
+            "decisive": list(certifier.decisive),
+            **({} if origin.package == OWN else {"version": origin.version}),  # another version may be another test
+            **fields_of(certifier),
+        },
         "n0": certifier.n0,
         "n": certifier.n,
         "alpha": certifier.alpha,
@@ -322,6 +345,8 @@ def _protocol(
             "loss": (card.config or {}).get("loss"),
             "attack": (card.config or {}).get("attack"),
             "train_seed": (card.config or {}).get("seed"),
+            "preset": card.preset,
+            "overrides": card.overrides,
             "config": card.config,
             "start": options.start,
             "skip": options.skip,
@@ -331,6 +356,8 @@ def _protocol(
             "lanes": choice.lanes,
             "trial": choice.speed is not None,
             "compile": choice.compiled,
+            "classes": len(card.spec.class_names),
+            "images": len(split),
             **environment(sampler.device),
         },
     }

@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from rscli import image_files
 from rscli.api import ABSTAIN, Certifier, Decision, Plan, Question
+from rscli.data.splits import to_unit
 from rscli.data.transforms import load_image
 from rscli.errors import InputError, Stopped
-from rscli.models.modelfile import Model
+from rscli.models.smoothed import Smoothed
+from rscli.results.radius import certified_radius
 from rscli.runtime.progress import Progress
 from rscli.runtime.seeds import derive
 from rscli.runtime.signals import stop_requests
 from rscli.sampling.options import SamplingOptions, Work
-from rscli.sampling.requests import CertifierInquiry, Inquiry
-from rscli.smoothing.radii import certified_radius
+from rscli.sampling.requests import CertifierRequest, Request
 from rscli.stats.bounds import smallest_n_for, top_two_p_value
 
 
@@ -38,8 +41,8 @@ class MajorityVote(Certifier):
         return 0
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
-        """One look, at n; no class is chosen beforehand, and `counts` (classes,) are zeros."""
-        return Plan(ABSTAIN, (self.n,))
+        """One look, at n; no class is chosen beforehand (0 stands for that), and `counts` (classes,) are zeros."""
+        return Plan(0, (self.n,))
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision:
         """The vote of `counts` (classes,)."""
@@ -52,12 +55,12 @@ class MajorityVote(Certifier):
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image: class index and name (ABSTAIN for none), its share of the samples, and maybe a radius.
+    """The answer for one image: class index and name (ABSTAIN for none), its share of the `n` samples, and maybe a radius.
 
-    `error` is set, and the rest empty, for an image that could not be read.
+    `path` is None for an image in memory. `error` is set, and the rest empty, for a file that could not be read.
     """
 
-    path: Path
+    path: Path | None = None
     label: int = ABSTAIN
     name: str = "ABSTAIN"
     share: float = 0.0
@@ -66,52 +69,43 @@ class Prediction:
     error: str | None = None
 
 
-class _Image:
-    """An image to predict, read once; its noise is keyed by its pixels, not by its name or its place in the list."""
+def image_key(pixels: Tensor) -> int:
+    """The key of an image's noise: its pixels (channel, height, width) decide, not its name or its place in a list.
 
-    def __init__(self, path: Path, model: Model) -> None:
-        self.path = path
-        self.pixels = load_image(path, model.card.spec.test_transform)
-        self.key = derive(0, "image", hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest())
-
-    def load(self) -> Tensor:
-        return self.pixels.float() / 255
-
-
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files among `paths`, folders searched to the bottom, in sorted order; files are taken whatever their name.
-
-    Raises `InputError` for a path that does not exist, or if there is no image at all.
+    Pixels are uint8, or float32 in [0, 1]; where these are 255ths, both give the same key.
     """
-    found: list[Path] = []
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    for path in paths:
-        if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in known and p.is_file())
-        elif path.is_file():
-            found.append(path)
-        elif path.exists():
-            raise InputError(f"{path} is neither a file nor a folder")
-        else:
-            raise InputError(f"there is no image or folder {path}")
-    if not found:
-        raise InputError(
-            f"no images in {', '.join(map(str, paths))}",
-            "Folders are searched for what Pillow can open: .png, .jpg, .bmp, .gif, .webp, .tif, ...",
-        )
-    return found
+    if pixels.is_floating_point():
+        levels = (pixels * 255).round().to(torch.uint8)
+        pixels = levels if torch.equal(to_unit(levels), pixels) else pixels
+    return derive(0, "image", hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest())
+
+
+def find_images(paths: Sequence[Path], progress: Progress) -> list[Path]:
+    """The images among `paths`, folders searched to the bottom; files are taken whatever their suffix, and each once.
+
+    What a folder holds is an image by the rule of `rscli.image_files`; what was skipped is counted in a warning. Raises
+    `InputError` for a path that does not exist, or if there is no image at all.
+    """
+    found = image_files.find_images(paths)
+    skipped = image_files.skipped_text(found.skipped)
+    if not found.paths:
+        hint = f"Folders are searched for {image_files.COMMON_SUFFIXES} files, and some more."
+        raise InputError(f"no images in {', '.join(map(str, paths))}{f': {skipped}' if skipped else ''}", hint)
+    if skipped:
+        progress.warn(skipped)
+    return list(found.paths)
 
 
 def vote(n: int, alpha: float) -> MajorityVote:
     """The rule of a prediction without a radius. Raises `InputError` if not even a unanimous vote of n could decide."""
     least = smallest_n_for(alpha)
     if n < least:
-        raise InputError(f"--n is {n}, but at alpha {alpha:g} even a unanimous vote needs at least {least} samples")
+        raise InputError(f"n is {n}, but at alpha {alpha:g} even a unanimous vote needs at least {least} samples")
     return MajorityVote(n=n, alpha=alpha)
 
 
 def predict(
-    model: Model, paths: Sequence[Path], certifier: Certifier, sampling: SamplingOptions, progress: Progress
+    model: Smoothed, paths: Sequence[Path], certifier: Certifier, sampling: SamplingOptions, progress: Progress
 ) -> Iterator[Prediction]:
     """Predicts every image of `paths`; yields a prediction each, in order of completion, broken images first of their kind.
 
@@ -119,29 +113,31 @@ def predict(
     """
     work = Work(len(paths) * (certifier.n0 + certifier.n))
     sampler, _ = sampling.sampler(model, work, {}, progress, lambda: False)
-    classes = len(model.card.spec.class_names)
+    if model.transform is None:
+        raise InputError("this classifier does not say how files become images", "Give it a transform.")
+    transform = model.transform
     broken: list[Prediction] = []
     opened: dict[int, Path] = {}
     done = 0
 
-    def inquiries() -> Iterator[Inquiry]:
+    def requests() -> Iterator[Request]:
         for path in paths:
             try:
-                image = _Image(path, model)
+                pixels = load_image(path, transform)
             except InputError as error:
                 broken.append(Prediction(path, error=error.message))
                 continue
-            inquiry = CertifierInquiry(certifier, Question(classes), image.key, image.load)
-            opened[id(inquiry)] = path
-            yield inquiry
+            request = CertifierRequest(certifier, Question(model.classes), image_key(pixels), partial(to_unit, pixels))
+            opened[id(request)] = path
+            yield request
 
     progress.start("predict", len(paths), 0, "image")
     try:
         with stop_requests() as stop:
-            for inquiry in sampler.run(inquiries(), lambda: stop.requested):
+            for request in sampler.run(requests(), lambda: stop.requested):
                 done += 1
                 progress.update(done + len(broken), {})
-                yield _prediction(opened.pop(id(inquiry)), cast(CertifierInquiry, inquiry), model)
+                yield prediction_of(cast(CertifierRequest, request), model, opened.pop(id(request)))
             if stop.requested:
                 raise Stopped(f"stopped as asked, after {done} images", exit_code=stop.exit_code)
     finally:
@@ -149,11 +145,12 @@ def predict(
     yield from broken
 
 
-def _prediction(path: Path, inquiry: CertifierInquiry, model: Model) -> Prediction:
-    decision, counts = inquiry.decision, inquiry.counts
+def prediction_of(request: CertifierRequest, model: Smoothed, path: Path | None = None) -> Prediction:
+    """What a finished request says of an image."""
+    decision, counts = request.decision, request.counts
     if decision is None or counts is None:
-        raise RuntimeError("an inquiry ended without a decision")
+        raise RuntimeError("a request ended without a decision")
     top = int(counts.argmax()) if decision.predict == ABSTAIN else decision.predict
-    name = "ABSTAIN" if decision.predict == ABSTAIN else model.card.spec.class_names[decision.predict]
-    radius = None if isinstance(inquiry.certifier, MajorityVote) else certified_radius(decision, model.noise)
-    return Prediction(path, decision.predict, name, int(counts[top]) / max(inquiry.n, 1), inquiry.n, radius)
+    name = "ABSTAIN" if decision.predict == ABSTAIN else model.class_names[decision.predict]
+    radius = None if isinstance(request.certifier, MajorityVote) else certified_radius(decision, model.noise)
+    return Prediction(path, decision.predict, name, int(counts[top]) / max(request.n, 1), request.n, radius)

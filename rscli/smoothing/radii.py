@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 
-from rscli.api import ABSTAIN, Certifier, Decision, Noise
-from rscli.errors import InputError, PluginError
+from rscli.api import Certifier, Noise
+from rscli.errors import InputError
+from rscli.results.radius import threshold_of
+from rscli.runtime.guard import largest_p_a
 
 GRID_STEP = 0.25
 """Distance of the radii of the default grid, in [0, 1] pixels: the field's tables have these."""
-
-
-def certified_radius(decision: Decision, noise: Noise, radii: dict[float, float] | None = None) -> float:
-    """The radius of a decision: 0 for an abstention; exactly a wanted radius, if `p_a` is that radius' threshold in `radii`.
-
-    Raises `PluginError` if the noise gives a radius that is negative or not finite.
-    """
-    if decision.predict == ABSTAIN:
-        return 0.0
-    radius = (radii or {}).get(decision.p_a)
-    radius = noise.radius(decision.p_a, decision.p_b) if radius is None else radius
-    if not (math.isfinite(radius) and radius >= 0):
-        raise PluginError(f"the noise {type(noise).__name__} gave the radius {radius}; it must be finite and not negative")
-    return radius
 
 
 def decided_radii(certifier: Certifier, noise: Noise, asked: tuple[float, ...]) -> tuple[float, ...]:
@@ -31,7 +18,7 @@ def decided_radii(certifier: Certifier, noise: Noise, asked: tuple[float, ...]) 
     if not certifier.grid:
         if asked:
             name = type(certifier).__name__
-            hint = "Leave --radii out, or choose a certifier that decides given radii: --certifier sequential."
+            hint = "Leave the radii out, or choose a certifier that decides given ones: `rscli plugins` lists them."
             raise InputError(f"the certifier {name} gives each image as large a radius as it can, and takes no --radii", hint)
         return ()
     return asked or grid_radii(certifier, noise)
@@ -39,6 +26,6 @@ def decided_radii(certifier: Certifier, noise: Noise, asked: tuple[float, ...]) 
 
 def grid_radii(certifier: Certifier, noise: Noise) -> tuple[float, ...]:
     """0, 0.25, 0.5, ... as far as n unanimous samples can prove."""
-    provable = certifier.alpha ** (1 / certifier.n)
+    largest = largest_p_a(certifier, certifier.n)
     grid = (place * GRID_STEP for place in itertools.count())
-    return tuple(itertools.takewhile(lambda radius: noise.probability(radius) < provable, grid))
+    return tuple(itertools.takewhile(lambda radius: threshold_of(noise, radius) < largest, grid))

@@ -46,7 +46,7 @@ class Score:
         self.radius += row.radius if row.correct else 0.0
 
     def figures(self, speed: float) -> dict[str, str]:
-        """For the eye: abstentions, certified accuracy at the smallest radius that is decided, and samples a second."""
+        """For the eye: abstentions, certified accuracy at the smallest radius that is decided, and samples per second."""
         accuracy = f"{100 * self.correct / self.images:.1f}%" if self.images else "-"
         return {"abstained": str(self.abstained), "certified": accuracy, "samples/s": f"{speed:.0f}"}
 

@@ -1,4 +1,4 @@
-"""Exact group-sequential tests of a probability: certify early, give up early, and spend alpha once.
+"""Exact group-sequential tests of a probability: certify early, stop for futility, and spend alpha once.
 
 The null hypothesis is p <= p0. Looks happen at fixed cumulative sample counts n_1 < ... < n_K; the test certifies p > p0 at the
 first look whose count of hits A_k reaches the boundary b_k. Boundaries come from error spending (Lan & DeMets, Biometrika
@@ -9,21 +9,15 @@ first look whose count of hits A_k reaches the boundary b_k. Boundaries come fro
 
 so that P(A_k >= b_k for some k) <= alpha at p0, and at every p < p0, since A is stochastically increasing in p.
 
-Giving up costs no error, as abstaining is always sound: the boundaries above are computed as if nobody ever gave up.
+Stopping for futility costs no error, as abstaining is always sound: the boundaries above are computed as if nobody ever did.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,11 +31,8 @@ if TYPE_CHECKING:
 EARLY = 0.2
 """The share of alpha spent before the last look: keeps the certified accuracy of a fixed n within 0.15 points."""
 
-GIVE_UP = 1e-3
-"""The probability, at p0 itself, of giving up what might have been certified; at most EARLY of it is ever spent."""
-
-VERSION = 1
-"""Goes into the names of cached boundaries: raise it whenever the numbers change."""
+FUTILITY = 1e-3
+"""The probability, at p0 itself, of stopping for futility what might have been certified; at most EARLY of it is ever spent."""
 
 _ROUNDING = 1e-9
 """The part of alpha kept back for rounding (relative error of the sums below, about 1e-13) and for what `_CUT` drops."""
@@ -132,7 +123,7 @@ def boundary(p0: float, looks: tuple[int, ...], alpha: float, early: float = EAR
     Lan & DeMets 1983, with the exact distribution (see above); `looks` are cumulative samples. `early` of alpha is spent evenly
     over the looks before the last, the rest on the last; at 0 the looks before the last certify only by counts that are all
     but impossible at p0 (`_CUT` of alpha). b_k = n_k + 1 means never at that look. Exact in float64 and rounded to the safe
-    side; kept in memory and in the cache folder. Raises InputError unless p0 is in [0, 1], looks increase strictly from at
+    side; kept in memory. Raises InputError unless p0 is in [0, 1], looks increase strictly from at
     least 1, alpha is in (0, 1) and early in [0, 1].
     """
     check_alpha(alpha)
@@ -142,18 +133,13 @@ def boundary(p0: float, looks: tuple[int, ...], alpha: float, early: float = EAR
         raise InputError(f"early is {early}, but it is a share of alpha, in [0, 1]", f"{EARLY} is the default")
     if not looks or looks[0] < 1 or any(b <= a for a, b in pairwise(looks)):
         raise InputError(f"the looks {looks} must increase strictly, from 1 or more")
-    key = json.dumps([VERSION, float(p0).hex(), list(looks), float(alpha).hex(), float(early).hex()])
-    found = _cached(key)
-    if found is None:
-        found = _spend(p0, looks, alpha, early)
-        _cache(key, found)
-    return tuple(found)
+    return tuple(_spend(p0, looks, alpha, early))
 
 
-def give_up_boundary(p0: float, looks: tuple[int, ...], beta: float = GIVE_UP, early: float = EARLY) -> tuple[int, ...]:
-    """a_k for each of `looks`: give up on p > p0 at the first look with at most a_k hits (-1: never at that look).
+def futility_boundary(p0: float, looks: tuple[int, ...], beta: float = FUTILITY, early: float = EARLY) -> tuple[int, ...]:
+    """a_k for each of `looks`: p > p0 is futile at the first look with at most a_k hits (-1: never at that look).
 
-    The mirror image of `boundary`, of the misses at error `beta`: whoever has p >= p0 gives up before the last look with
+    The mirror image of `boundary`, of the misses at error `beta`: whoever has p >= p0 is stopped before the last look with
     probability at most early * beta. Nothing of alpha is spent, as abstaining is always sound. Raises as `boundary` does.
     """
     return tuple(n - misses for n, misses in zip(looks, boundary(1 - p0, looks, beta, early), strict=True))
@@ -164,13 +150,13 @@ def give_up_boundary(p0: float, looks: tuple[int, ...], beta: float = GIVE_UP, e
 
 @dataclass(frozen=True)
 class NestedTest:
-    """Boundaries for increasing thresholds p0: at look k, threshold j is certified by >= `certify[k, j]` hits and given up by
-    <= `give_up[k, j]` hits. Both arrays are (looks, thresholds), int64, non-decreasing along each row.
+    """Boundaries for increasing thresholds p0: at look k, threshold j is certified by >= `certify[k, j]` hits and futile at
+    <= `futility[k, j]` hits. Both arrays are (looks, thresholds), int64, non-decreasing along each row.
     """
 
     looks: tuple[int, ...]
     certify: NDArray[np.int64]
-    give_up: NDArray[np.int64]
+    futility: NDArray[np.int64]
 
     def certified(self, look: int, hits: int) -> int:
         """How many of the thresholds, from the smallest up, `hits` certify at look number `look` (from 0).
@@ -179,12 +165,12 @@ class NestedTest:
         """
         return int(np.searchsorted(self.certify[look], hits, side="right"))
 
-    def hopeful(self, look: int, hits: int) -> int:
-        """How many of the thresholds, from the smallest up, are not given up by `hits` at look number `look` (from 0).
+    def not_futile(self, look: int, hits: int) -> int:
+        """How many of the thresholds, from the smallest up, are not futile with `hits` at look number `look` (from 0).
 
         Raises IndexError if there is no such look.
         """
-        return int(np.searchsorted(self.give_up[look], hits, side="left"))
+        return int(np.searchsorted(self.futility[look], hits, side="left"))
 
 
 @lru_cache(maxsize=64)
@@ -192,7 +178,7 @@ def nested_test(
     thresholds: tuple[float, ...],
     looks: tuple[int, ...],
     alpha: float,
-    beta: float = GIVE_UP,
+    beta: float = FUTILITY,
     early: float = EARLY,
 ) -> NestedTest:
     """Tests of p > p0 for all `thresholds` at once, each at the full `alpha`.
@@ -207,57 +193,13 @@ def nested_test(
         raise InputError(f"the thresholds {thresholds} must increase strictly, and be at least one")
     sizes = np.array(looks, np.int64)[:, None]
     upper = np.array([boundary(p0, looks, alpha, early) for p0 in thresholds], np.int64).T
-    lower = np.array([give_up_boundary(p0, looks, beta, early) for p0 in thresholds], np.int64).T
+    lower = np.array([futility_boundary(p0, looks, beta, early) for p0 in thresholds], np.int64).T
     certify = np.maximum.accumulate(upper, axis=1)
-    give_up = np.maximum.accumulate(np.maximum(lower, sizes - 1 - _misses_allowed_later(sizes - certify)), axis=1)
-    return NestedTest(looks, certify, np.minimum(give_up, certify - 1))
+    futility = np.maximum.accumulate(np.maximum(lower, sizes - 1 - _misses_allowed_later(sizes - certify)), axis=1)
+    return NestedTest(looks, certify, np.minimum(futility, certify - 1))
 
 
 def _misses_allowed_later(allowed: NDArray[np.int64]) -> NDArray[np.int64]:
     """The most misses with which any look after this one still certifies; -1 for none, as after the last look."""
     later = np.maximum.accumulate(allowed[::-1], axis=0)[::-1]
     return np.concatenate([later[1:], np.full_like(later[:1], -1)])
-
-
-# --- the cache folder --------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where boundaries are kept: `RSCLI_CACHE_DIR`, else `rscli` under `XDG_CACHE_HOME`, `LOCALAPPDATA` or `~/.cache`.
-
-    Raises RuntimeError if none of these is set and there is no home folder.
-    """
-    own = os.environ.get("RSCLI_CACHE_DIR")
-    if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "rscli"
-
-
-def _file(key: str) -> Path:
-    return cache_folder() / "sequential" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
-
-
-def _digest(key: str, values: Sequence[int]) -> str:
-    """Guards a certificate against a damaged cache file that still parses."""
-    return hashlib.blake2b(json.dumps([key, list(values)]).encode(), digest_size=16).hexdigest()
-
-
-def _cached(key: str) -> list[int] | None:
-    """The values stored under `key`; None if there are none, or they are damaged or unreadable."""
-    try:
-        stored = json.loads(_file(key).read_text(encoding="utf-8"))
-        values = [int(value) for value in stored["values"]]
-        return values if stored["digest"] == _digest(key, values) else None
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # RuntimeError: there is no home folder
-        return None
-
-
-def _cache(key: str, values: Sequence[int]) -> None:
-    """Stores `values` under `key`, beside and renamed; a folder that cannot be written only costs the time to compute again."""
-    with contextlib.suppress(OSError, RuntimeError):
-        file = _file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f"{file.name}.{os.getpid()}")
-        beside.write_text(json.dumps({"values": list(values), "digest": _digest(key, values)}), encoding="utf-8")
-        beside.replace(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,22 +19,28 @@ INTERVAL = 16
 class Meter:
     """Sums of the loss, its terms and the accuracy under noise, weighted by images; stops the run when they are not finite."""
 
-    def __init__(self, state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, state: dict[str, Any] | None = None, on_figures: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> None:
         state = state or {"sums": {}, "images": 0}
+        self._on_figures = on_figures
         self.sums: dict[str, float] = dict(state["sums"])
         self.images: int = state["images"]
         self._counted: int = state["images"]
-        self._waiting: list[tuple[str, float, int, list[str], Tensor]] = []
+        self._waiting: list[tuple[dict[str, Any], int, list[str], Tensor]] = []
 
-    def add(self, terms: dict[str, Tensor], loss: Tensor, step: TrainStep, *, where: str, lr: float) -> None:
-        """Remembers one step's scalars. Raises `RscliError` (at a reading) with the first step that was not finite."""
+    def add(self, terms: dict[str, Tensor], loss: Tensor, step: TrainStep, *, where: dict[str, Any]) -> None:
+        """Remembers one step's scalars, and `where` it was: epoch, batch, chunk (from 1) and lr.
+
+        Raises `RscliError` (at a reading) with the first step that was not finite.
+        """
         values = {"loss": loss, **terms}
         if "noisy_logits" in step.__dict__:  # only if the loss asked for them: no forward just for the meter
             right = step.noisy_logits.argmax(-1) == step.labels
             values["accuracy"] = right.float().mean()
         row = torch.stack([value.detach().float() for value in values.values()])
         self.images += len(step.labels)
-        self._waiting.append((where, lr, len(step.labels), list(values), row))
+        self._waiting.append((where, len(step.labels), list(values), row))
         if len(self._waiting) >= INTERVAL:
             self.flush()
 
@@ -44,13 +51,16 @@ class Meter:
         waiting, self._waiting = self._waiting, []
         table = torch.cat([row for *_, row in waiting]).tolist()
         position = 0
-        for where, lr, images, names, row in waiting:
+        for where, images, names, row in waiting:
             values = dict(zip(names, table[position : position + len(row)], strict=True))
             position += len(row)
             if not all(math.isfinite(value) for value in values.values()):
                 shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
                 hint = "The last checkpoint is untouched. A smaller optimizer.lr, or a smaller weight of the term, often helps."
-                raise RscliError(f"the loss is no longer finite at {where}: {shown} (learning rate {lr:g})", hint)
+                at = "epoch {epoch}, batch {batch}, chunk {chunk}".format(**where)
+                raise RscliError(f"the loss is no longer finite at {at}: {shown} (learning rate {where['lr']:g})", hint)
+            if self._on_figures is not None:
+                self._on_figures({**where, **values})
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value * images
             self._counted += images

@@ -12,35 +12,27 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from rscli.api import DataSpec, TrainStep
+from rscli.api import DataSpec
 from rscli.config.layers import Resolved
 from rscli.config.schema import smallest_step
 from rscli.errors import InputError
 
 
-def check_lonely_images(resolved: Resolved, classifier: nn.Module, spec: DataSpec, images: int) -> None:
+def check_single_image_batches(resolved: Resolved, classifier: nn.Module, spec: DataSpec, images: int) -> None:
     """Raises `InputError` if an epoch over `images` images has a step on one, and `classifier` cannot be trained on one.
 
-    Tries such a step on a copy, and only where there is one: `classifier` and the run's random numbers stay as they are.
+    Tries its forward, of m noisy copies, on a copy of the network, and only where there is one: `classifier` and the run's
+    random numbers stay as they are.
     """
     batch = resolved.config.batch
     m = resolved.loss.m if resolved.chunked else 1
     if smallest_step(images, batch, m) > 1:
         return
     device = next(classifier.parameters()).device
-    image = torch.zeros(1, *spec.shape, device=device)
-    step = TrainStep(
-        model=deepcopy(classifier).train(),
-        images=image,
-        labels=torch.zeros(1, dtype=torch.int64, device=device),
-        noise=image.expand(resolved.loss.m, *image.shape),
-        sigma=resolved.noise.sigma,
-        epoch=0,
-        drops=0,
-        generator=torch.Generator(device),
-    )
+    copies = torch.zeros(resolved.loss.m, *spec.shape, device=device)
     try:
-        resolved.loss.step(step)
+        with torch.no_grad():
+            deepcopy(classifier).train()(copies)
     except ValueError as cause:
         if "more than 1 value per channel" not in str(cause):
             raise

@@ -3,27 +3,38 @@
 config.json        the resolved configuration, with the source of every value
 environment.json   versions, device, threads
 metrics.jsonl      one line an epoch
+running.txt        while a process trains here, and after one that was killed or crashed: what to do then
 checkpoint.pt      where the run is: weights, optimiser, position; replaced after every epoch and when the run is stopped
 model.safetensors  the finished model
 """
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from rscli.errors import InputError
-from rscli.runtime.files import read_json, replacing, sweep, write_json, write_text, writing
-from rscli.system import system_error
-from rscli.training.checkpoint import check_position, remedy
+from rscli.api import Callback
+from rscli.config.layers import rebuild
+from rscli.config.schema import GROUPS
+from rscli.config.settings import changes
+from rscli.errors import InputError, PluginError, RscliError
+from rscli.registry import installed
+from rscli.runtime.files import check_regular, explained, read_json, replacing, write_json, write_text
+from rscli.runtime.progress import Progress
+from rscli.training.checkpoint import check_data, check_position, check_seal, remedy, seal
 
-CHECKPOINT_FORMAT = 1
+IF_IT_CRASHED = (
+    "After a crash in native code (exit code 134 or 139), try --contiguous, --workers 0, or another version of torch; "
+    "killed without a word (137), it was probably out of memory."
+)
 
 
 @dataclass(frozen=True)
@@ -52,15 +63,21 @@ class RunFolder:
         """The finished model."""
         return self.path / "model.safetensors"
 
+    @property
+    def running(self) -> Path:
+        """The mark of a process that trains here."""
+        return self.path / "running.txt"
+
     def files(self) -> list[Path]:
-        """Every file that a run writes here."""
-        return [self.config, self.path / "environment.json", self.metrics, self.checkpoint, self.model]
+        """Every file that a run writes here, but for those of its loggers and callbacks."""
+        return [self.config, self.path / "environment.json", self.checkpoint, self.model]
 
-    def begin(self, config: dict[str, Any], environment: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
-        """Opens the folder; returns the checkpoint to go on from, or None for a fresh start.
+    def open(self, config: dict[str, Any], data: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
+        """The checkpoint to go on from, or None for a fresh start, which `start` begins; nothing is written here.
 
-        `config` is {"config": ..., "sources": ...}. Raises `InputError` if there is a run already and `resume` is not asked
-        for, or the run there has another configuration (naming the differences).
+        `config` is {"config": ..., "sources": ..., "plugin_files": ...}, `data` what `training_data` says. Raises `InputError`
+        if there is a run already and `resume` is not asked for, if the run there has another configuration or other data
+        (naming the differences), or if its checkpoint is damaged.
         """
         if not self.config.exists():
             if self.path.is_file():
@@ -68,78 +85,98 @@ class RunFolder:
             if self.model.exists():
                 hint = "Choose another --out."
                 raise InputError(f"{self.model} is there already, and no run in this folder wrote it", hint)
-            self._start(config, environment)
             return None
         if not resume:
             hint = "Add --resume to go on with it, choose another folder with --out, or remove this one."
             raise InputError(f"{self.path} holds a training run already", hint)
-        self._same(config["config"])
-        for file in self.files():
-            sweep(file)
+        self._same(config)
+        for torn in self.path.glob(".*.part"):  # what a kill in the middle of a write left behind
+            torn.unlink(missing_ok=True)
         if not self.checkpoint.exists():
-            self._start(config, environment)
             return None
         state = self.load()
-        self._keep_metrics(state["epoch"])
+        check_data(state.get("data"), data, self.checkpoint)
         return state
+
+    @contextmanager
+    def at_work(self, progress: Progress) -> Iterator[None]:
+        """While the body runs, the folder says that this process trains here; notes it if the one before has left no word."""
+        if self.running.exists():
+            progress.note(f"the run before was killed, or crashed. {IF_IT_CRASHED}")
+        word = "If it is gone, it was killed, or crashed: go on with --resume."
+        write_text(self.running, f"Process {os.getpid()} trains here. {word} {IF_IT_CRASHED}\n")
+        try:
+            yield
+        finally:
+            self.running.unlink(missing_ok=True)
 
     def save(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint. Raises `RscliError` if there is no room for it; the one before is kept."""
+        try:
+            sealed = seal(state)
+        except TypeError as cause:
+            hint = "Callbacks and losses may keep tensors, text and plain Python numbers: float(x), not a number of numpy."
+            raise PluginError(f"the state of the run cannot be saved: {cause}", hint) from cause
         content = BytesIO()  # writing to the disk itself, torch would say of a full one only that a position is unexpected
-        torch.save({"format": CHECKPOINT_FORMAT, **state}, content)
+        torch.save(sealed, content)
         with replacing(self.checkpoint) as beside:
             beside.write_bytes(content.getbuffer())
 
     def load(self) -> dict[str, Any]:
         """The checkpoint, tensors on the CPU. Raises `InputError` if it is broken; never runs code from the file."""
-        hint = remedy(self.checkpoint)
         try:
-            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except OSError as cause:  # it may be whole: nothing to remove
-            raise system_error(cause, self.checkpoint, "read the checkpoint") from cause
+            check_regular(self.checkpoint)
+            loaded = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except InputError:
+            raise
+        except OSError as cause:  # the file may be whole: nothing is to be removed
+            raise explained(cause, f"the checkpoint {self.checkpoint} cannot be read") from cause
         except Exception as cause:  # torch raises many kinds for a broken file
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             if isinstance(cause, UnpicklingError):  # torch would advise to load it all the same
                 reason = "it is damaged, or holds more than tensors and plain values"
-            raise InputError(f"the checkpoint {self.checkpoint} cannot be read: {reason}", hint) from cause
-        needed = {"epoch", "batch", "model", "optimizer", "meter"}
-        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT or not needed <= set(state):
-            raise InputError(f"{self.checkpoint} is not a checkpoint of this version of rscli", hint)
+            raise InputError(f"the checkpoint {self.checkpoint} cannot be read: {reason}", remedy(self.checkpoint)) from cause
+        state = check_seal(loaded, self.checkpoint)
         check_position(state, self.checkpoint)
         return state
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Appends one line of metrics."""
-        with writing(self.metrics), self.metrics.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
+    def start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Begins a run: from now on the folder holds one."""
         write_json(self.path / "environment.json", environment)
-        write_text(self.metrics, "")
         write_json(self.config, config)  # last: its presence says that there is a run
 
-    def _same(self, config: dict[str, Any]) -> None:
+    def _same(self, record: dict[str, Any]) -> None:
         before = read_json(self.config, "configuration of the run")
         if not isinstance(before, dict):
             raise InputError(f"{self.config} is not the configuration of a run", "Choose another --out.")
-        differences = [
-            f"  {key}: {old!r} in {self.path}, {new!r} now" for key, old, new in _differences(before.get("config", {}), config)
-        ]
+        old, new = (
+            {**_decisive(config), "plugin_files": one.get("plugin_files", {})}
+            for one, config in ((before, _as_now(before.get("config", {}))), (record, record["config"]))
+        )
+        differences = [f"  {key}: {a!r} in {self.path}, {b!r} now" for key, a, b in changes(old, new)]
         if differences:
             text = "\n".join([f"{self.path} was started with another configuration:", *differences])
             raise InputError(text, "Use the same preset and settings to resume, or another --out for another run.")
 
-    def _keep_metrics(self, epochs: int) -> None:
-        """Drops lines of epochs that were not saved before the run was killed, and a torn last line."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        write_text(self.metrics, "".join(line + "\n" for line in lines[:epochs]))
+
+def _as_now(config: Any) -> Any:
+    """A recorded configuration in the words of this version; unchanged where it does not hold any more."""
+    try:
+        return rebuild(config).as_dict()
+    except (RscliError, AttributeError, TypeError, ValueError):
+        return config
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """The leaves in which two nested dictionaries differ: (dotted key, old value, new value); None for a missing one."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [(prefix, old, new)]
-    found = []
-    for key in sorted({*old, *new}):
-        found += _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-    return found
+def _decisive(config: Any) -> Any:
+    """Without what only looks on, and may differ in a run that is resumed: loggers, and callbacks that say so of themselves."""
+    if not isinstance(config, dict):
+        return config
+    callbacks = {name: fields for name, fields in (config.get("callbacks") or {}).items() if not _looks_on(name)}
+    return {**{key: value for key, value in config.items() if key not in GROUPS}, "callbacks": callbacks}
+
+
+def _looks_on(callback: str) -> bool:
+    try:
+        return cast(type[Callback], installed().load("callbacks", callback)).looks_on
+    except PluginError:
+        return False

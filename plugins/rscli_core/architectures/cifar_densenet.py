@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
-from rscli.api import Architecture, unit
+from rscli.api import Architecture, DataSpec, unit
 from rscli_core.architectures._sizes import check_size
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_LAYER = re.compile(r"features\.block(\d+)\.layer(\d+)\.brc_(\d)\.(norm|conv)\.")
+_REST = re.compile(r"(features\.conv0|features\.norm_last|classifier)\.(?=[^.]+$)")
+_OURS = {"features.conv0": "conv1", "features.norm_last": "bn", "classifier": "fc", "norm": "bn", "conv": "conv"}
 
 
 class CifarDenseNet(Architecture):
@@ -21,8 +27,10 @@ class CifarDenseNet(Architecture):
     layers and, for (3, 32, 32) and ten classes, 211,978 parameters.
     """
 
-    depth: int = Field(40, ge=10, description="6 n + 4 for n layers a block", json_schema_extra=unit("layers"))
-    growth: int = Field(12, ge=1, description="channels that each layer adds", json_schema_extra=unit("channels"))
+    field_names: ClassVar = {"cifar_densenet40": {"depth": 40, "growth": 12}}
+
+    depth: int = Field(40, ge=10, le=1000, description="6 n + 4 for n layers a block", json_schema_extra=unit("layers"))
+    growth: int = Field(12, ge=1, le=1000, description="channels that each layer adds", json_schema_extra=unit("channels"))
 
     @field_validator("depth")
     @classmethod
@@ -34,9 +42,15 @@ class CifarDenseNet(Architecture):
             )
         return depth
 
-    def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-        """A fresh network for images `input_shape` (channel, height, width). Raises `InputError` below 4x4 pixels."""
-        check_size("cifar-densenet", input_shape, smallest=4)
+    @classmethod
+    def rename(cls, name: str) -> str:
+        """The name of a tensor of `cifar_densenet40` in Jeong & Shin's code, which counts its layers from 1."""
+        name = _REST.sub(lambda m: f"{_OURS[m[1]]}.", name)
+        return _LAYER.sub(lambda m: f"dense{m[1]}.{int(m[2]) - 1}.{_OURS[m[4]]}{m[3]}.", name)
+
+    def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
+        """A fresh network for images `spec.shape` (channel, height, width). Raises `InputError` below 4x4 pixels."""
+        check_size("cifar-densenet", spec.shape, smallest=4)
         from rscli_core.architectures._densenet import Network
 
-        return Network(classes, input_shape[0], layers=(self.depth - 4) // 6, growth=self.growth)
+        return Network(len(spec.class_names), spec.shape[0], layers=(self.depth - 4) // 6, growth=self.growth)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
-from rscli.api import Architecture, unit
+from rscli.api import Architecture, DataSpec, unit
 from rscli_core.architectures._sizes import check_size
 
 if TYPE_CHECKING:
@@ -21,7 +21,11 @@ class CifarResNet(Architecture):
     has 1,730,714 parameters and ResNet-20 has 272,474.
     """
 
-    depth: int = Field(110, ge=8, description="weighted layers: 6 n + 2 for n blocks a stage", json_schema_extra=unit("layers"))
+    field_names: ClassVar = {"cifar_resnet20": {"depth": 20}, "cifar_resnet110": {"depth": 110}}
+
+    depth: int = Field(
+        110, ge=8, le=10_000, description="weighted layers: 6 n + 2 for n blocks a stage", json_schema_extra=unit("layers")
+    )
 
     @field_validator("depth")
     @classmethod
@@ -33,9 +37,9 @@ class CifarResNet(Architecture):
             )
         return depth
 
-    def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-        """A fresh network for images `input_shape` (channel, height, width). Raises `InputError` below 4x4 pixels."""
-        check_size("cifar-resnet", input_shape, smallest=4)
+    def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
+        """A fresh network for images `spec.shape` (channel, height, width). Raises `InputError` below 4x4 pixels."""
+        check_size("cifar-resnet", spec.shape, smallest=4)
         from rscli_core.architectures._resnet import Network
 
-        return Network(classes, input_shape[0], blocks=(self.depth - 2) // 6)
+        return Network(len(spec.class_names), spec.shape[0], blocks=(self.depth - 2) // 6)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from rscli.api import Architecture
+from rscli.api import Architecture, DataSpec
 from rscli_core.architectures._sizes import check_size
 
 if TYPE_CHECKING:
@@ -18,9 +18,11 @@ class LeNet(Architecture):
     and ten classes.
     """
 
-    def build(self, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-        """A fresh network for images `input_shape` (channel, height, width). Raises `InputError` below 16x16 pixels."""
-        check_size("lenet", input_shape, smallest=16)
+    field_names: ClassVar = {"lenet": {}}
+
+    def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
+        """A fresh network for images `spec.shape` (channel, height, width). Raises `InputError` below 16x16 pixels."""
+        check_size("lenet", spec.shape, smallest=16)
         from rscli_core.architectures._lenet import Network
 
-        return Network(classes, input_shape)
+        return Network(len(spec.class_names), spec.shape)

@@ -28,8 +28,13 @@ def direction(d: Tensor) -> Tensor:
 def within(images: Tensor, moved: Tensor, epsilon: float) -> Tensor:
     """`moved` brought back into [0, 1], then to at most `epsilon` (in pixels of [0, 1], L2) from `images`.
 
-    Both are (batch, channel, height, width), as is the answer. The second can not undo the first: it moves a point straight
+    Both are (batch, channel, height, width), as is the answer. The second cannot undo the first: it moves a point straight
     towards its image, which lies in the box.
     """
-    d = moved.clamp(0, 1) - images
+    return near(images, moved.clamp(0, 1), epsilon)
+
+
+def near(images: Tensor, moved: Tensor, epsilon: float) -> Tensor:
+    """`moved` brought to at most `epsilon` (L2, the units of the pixels) from `images`; all (batch, channel, height, width)."""
+    d = moved - images
     return images + d * (epsilon / norms(d)).clamp(max=1)

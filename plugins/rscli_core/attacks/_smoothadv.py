@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from rscli.api import Attack, TrainStep, unit
-from rscli_core.attacks._l2 import direction, within
+from rscli_core.attacks._l2 import direction, near, within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ class SmoothAdv(Attack):
         10, ge=0, description="epochs over which epsilon grows to its value; 0 or 1: none", json_schema_extra=unit("epochs")
     )
 
-    def reach(self, epoch: int) -> float:
+    def epsilon_at(self, epoch: int) -> float:
         """epsilon * min(1, (epoch + 1) / warmup), in pixels of [0, 1]; `epoch` counts from 0."""
         return self.epsilon * min(1.0, (epoch + 1) / max(self.warmup, 1))
 
@@ -31,9 +31,20 @@ class Ascent(SmoothAdv):
 
     A step is 2 epsilon / steps times |g| / (|g| + 1e-8) long, where g is what `ascent` gives: shorter where |g| is below about
     1e-8. The authors' code divides by |g| alone.
+
+    Two orders of clamping and projecting are in use, and `clamp` chooses. Salman et al.'s code clamps the pixels to [0, 1],
+    then projects to |d| <= epsilon. The code of Jeong & Shin (NeurIPS 2020, arXiv 2006.04062), from which their rows of MNIST
+    and CIFAR-10 come, projects, then clamps: what the box cuts off is not made up for, so that on MNIST, where most pixels are
+    0 or 1, d stays shorter than epsilon.
     """
 
     steps: int = Field(10, ge=1, description="steps, each of length 2 epsilon / steps, less where the gradient is near 0")
+
+    clamp: Literal["before-projection", "after-projection"] = Field(
+        "before-projection",
+        description="when pixels are clamped to [0, 1]: before the projection to epsilon (Salman et al.), or after it "
+        "(Jeong & Shin), which leaves shorter perturbations where many pixels are 0 or 1",
+    )
 
     def ascent(self, step: TrainStep, moved: Tensor) -> Tensor:
         """Where to go from `moved`, of any length; both are (batch, channel, height, width).
@@ -42,17 +53,23 @@ class Ascent(SmoothAdv):
         """
         raise NotImplementedError
 
-    def perturb(self, step: TrainStep) -> Tensor:
-        """The moved images (batch, channel, height, width): in [0, 1], at most `reach` away, detached.
+    def perturb(self, step: TrainStep) -> TrainStep:
+        """The step with moved images (batch, channel, height, width): in [0, 1], at most `epsilon_at` away, detached.
 
         Raises nothing of its own.
         """
-        epsilon = self.reach(step.epoch)
+        epsilon = self.epsilon_at(step.position.epoch)
         moved = step.images
         for _ in range(self.steps):
             uphill = direction(self.ascent(step, moved))
-            moved = within(step.images, moved + 2 * epsilon / self.steps * uphill, epsilon)
-        return moved
+            moved = self._back(step.images, moved + 2 * epsilon / self.steps * uphill, epsilon)
+        return step.moved(images=moved)
+
+    def _back(self, images: Tensor, moved: Tensor, epsilon: float) -> Tensor:
+        """`moved` brought back to where it may be, in the order that `clamp` says."""
+        if self.clamp == "after-projection":
+            return near(images, moved, epsilon).clamp(0, 1)
+        return within(images, moved, epsilon)
 
 
 def gradient(step: TrainStep, logits: Tensor, moved: Tensor) -> Tensor:

@@ -41,17 +41,17 @@ class Ddn(SmoothAdv):
     gamma: float = Field(0.05, gt=0, lt=1, description="relative change of the norm in a step")
     levels: int = Field(256, ge=2, description="grey levels of the images that are tried")
 
-    def perturb(self, step: TrainStep) -> Tensor:
-        """The moved images (batch, channel, height, width): in [0, 1], at most `reach` away, detached.
+    def perturb(self, step: TrainStep) -> TrainStep:
+        """The step with moved images (batch, channel, height, width): in [0, 1], at most `epsilon_at` away, detached.
 
         Raises nothing of its own.
         """
-        images, epsilon = step.images, self.reach(step.epoch)
+        images, epsilon = step.images, self.epsilon_at(step.position.epoch)
         norm = images.new_full((len(images), 1, 1, 1), epsilon)
         moved, best, shortest = images, images, norm + math.inf
         for k in range(1, self.steps + 1):
             moved = moved.detach().requires_grad_()
-            logits = step.logits(moved + step.noise)
+            logits = step.logits(step.noisy(moved))
             adversarial = (_vote(logits) != step.labels).reshape(norm.shape)
             length = norms(moved.detach() - images)
             better = adversarial & (length < shortest)
@@ -59,7 +59,7 @@ class Ddn(SmoothAdv):
             if k < self.steps:  # where the last step would lead is never looked at
                 norm = norm * (1 + self.gamma - 2 * self.gamma * adversarial)
                 moved = self._next(images, moved.detach(), self._alpha(k) * direction(gradient(step, logits, moved)), norm)
-        return within(images, best, epsilon)
+        return step.moved(images=within(images, best, epsilon))
 
     def _alpha(self, k: int) -> float:
         return 0.01 + 0.99 * (1 + math.cos(math.pi * k / self.steps)) / 2

@@ -16,19 +16,19 @@ class GradientFree(Ascent):
 
     The gradient of PGD is replaced by 1/m sum_i -softmax f(x + d + delta_i)_y delta_i: up to a factor 1/sigma^2, what m
     samples say of the downward slope of the smoothed probability of y. Steps (shorter where this is below about 1e-8, as in
-    PGD), clipping and projection are those of PGD.
+    PGD), clamping and projection, and their order (`clamp`), are those of PGD.
 
     With one copy it would be the noise itself whatever the model says, so m >= 2 is needed (the authors' code falls back to
-    PGD, the engine refuses to begin).
+    PGD, rscli refuses to begin).
     """
 
-    least_m: ClassVar[int] = 2
+    min_m: ClassVar[int] = 2
 
     def ascent(self, step: TrainStep, moved: Tensor) -> Tensor:
         """The estimate at `moved`; both are (batch, channel, height, width)."""
         from torch import no_grad
 
         with no_grad():
-            p = step.logits(moved + step.noise).softmax(-1)
+            p = step.logits(step.noisy(moved)).softmax(-1)
             p_y = p.gather(-1, step.labels.expand(p.shape[:-1]).unsqueeze(-1))  # (m, batch, 1)
             return -(p_y[..., None, None] * step.noise).mean(0)

@@ -19,7 +19,8 @@ class Pgd(Ascent):
 
         J(d) = -log max( 1/m sum_i softmax f(x + d + delta_i)_y, 1e-20 )
 
-    each followed by clipping x + d to [0, 1] and projecting to |d| <= epsilon. Their tables give epsilon in 1/256.
+    each followed by clamping x + d to [0, 1] and projecting to |d| <= epsilon, or the reverse (`clamp` says which; the paper
+    that used it is named there). Their tables give epsilon in 1/256.
 
     Where we differ from the authors' code: it divides by |g| alone, so that every step has the length 2 epsilon / T, and takes
     a random direction where g = 0. Our steps are shorter on images whose |g| is below about 1e-8, and where g = 0 we stay.
@@ -28,4 +29,4 @@ class Pgd(Ascent):
     def ascent(self, step: TrainStep, moved: Tensor) -> Tensor:
         """g at `moved`; both are (batch, channel, height, width)."""
         moved = moved.detach().requires_grad_()
-        return gradient(step, step.logits(moved + step.noise), moved)
+        return gradient(step, step.logits(step.noisy(moved)), moved)

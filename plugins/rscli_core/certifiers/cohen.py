@@ -46,13 +46,13 @@ class Cohen(Certifier):
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
         """One look, at n; before it, if asked for, those of the sequential test, only to abstain; `counts` (classes,).
 
-        The state maps each of these to the hits at or below which the image is given up (`sequential.give_up_boundary` at 1/2:
+        The state maps each of these to the hits at or below which the image is given up (`sequential.futility_boundary` at 1/2:
         an image whose class has probability 1/2 or more is given up with probability at most 2e-4). Raises nothing of its own.
         """
         if not self.early_abstain:
             return Plan(candidate(counts, question), (self.n,))
         looks = sequential.look_schedule(self.n)
-        limits = sequential.give_up_boundary(0.5, looks)
+        limits = sequential.futility_boundary(0.5, looks)
         return Plan(candidate(counts, question), looks, dict(zip(looks[:-1], limits, strict=False)))
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision | None:

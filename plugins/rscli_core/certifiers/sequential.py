@@ -5,6 +5,7 @@ The test and its references are in `rscli.stats.sequential`. A table asks only w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,32 +25,39 @@ if TYPE_CHECKING:
 class _Standing:
     """Where an image stands after the looks so far: it changes from look to look, as the test depends on the path.
 
-    Of the thresholds, from the smallest up, the first `certified` are certified, and those from `hopeful` on are given up.
+    Of the thresholds, from the smallest up, the first `certified` are certified, and those from `not_futile` on are futile.
     """
 
     thresholds: tuple[float, ...]
     test: sequential.NestedTest
     certified: int
-    hopeful: int
+    not_futile: int
 
 
 class Sequential(Certifier):
-    """Stops as soon as every wanted radius is certified or hopeless; needs radii.
+    """Stops as soon as every wanted radius is certified or futile; needs radii.
 
     With early = 0, nothing is spent before the last look: till then a radius is certified, or given up, only on a count that is
-    all but impossible (1e-18 of alpha or give_up) at its threshold, or given up when the rest of the samples cannot help.
+    all but impossible (1e-18 of alpha or futility) at its threshold, or given up when the rest of the samples cannot help.
     """
 
     grid: ClassVar[bool] = True
+    decisive: ClassVar[tuple[str, ...]] = ("early",)
+    renamed: ClassVar[Mapping[str, str]] = {"give_up": "futility"}
 
     early: float = Field(
         sequential.EARLY,
         ge=0,
         le=1,
-        description="part of alpha and of give_up spent before the last look; 0: a hopeless image is given up early only if "
+        description="part of alpha and of futility spent before the last look; 0: a futile image is stopped early only if "
         "the rest of its samples cannot help, or its count is all but impossible",
     )
-    give_up: float = Field(sequential.GIVE_UP, gt=0, lt=1, description="probability of giving up what holds; costs no error")
+    futility: float = Field(
+        sequential.FUTILITY,
+        gt=0,
+        lt=1,
+        description="probability of stopping although the radius holds; costs no error",
+    )
     first_look: int = Field(50, ge=1, description="samples at the first look")
     growth: float = Field(1.2, ge=1.01, description="each look's samples, as a multiple of those at the look before")
 
@@ -69,8 +77,8 @@ class Sequential(Certifier):
         if thresholds[0] < 0.5:
             raise InputError(f"the threshold {thresholds[0]} is below 1/2, where a class need not be the most probable one")
         looks = sequential.look_schedule(self.n, self.first_look, self.growth)
-        test = sequential.nested_test(thresholds, looks, self.alpha, self.give_up, self.early)
-        return Plan(candidate(counts, question), looks, _Standing(thresholds, test, certified=0, hopeful=len(thresholds)))
+        test = sequential.nested_test(thresholds, looks, self.alpha, self.futility, self.early)
+        return Plan(candidate(counts, question), looks, _Standing(thresholds, test, certified=0, not_futile=len(thresholds)))
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision | None:
         """Decides at the first look that leaves no threshold open; p_a is then the largest certified one.
@@ -81,12 +89,12 @@ class Sequential(Certifier):
         now: _Standing = plan.state
         look, hits = plan.looks.index(n), int(counts[plan.candidate])
         now.certified = max(now.certified, now.test.certified(look, hits))
-        now.hopeful = min(now.hopeful, now.test.hopeful(look, hits))
-        if now.certified < now.hopeful:
+        now.not_futile = min(now.not_futile, now.test.not_futile(look, hits))
+        if now.certified < now.not_futile:
             return None
         everything = now.certified == len(now.thresholds)
         reason = "all-radii" if everything else "n-reached" if n == plan.looks[-1] else "gave-up"
         if now.certified == 0:
             return Decision(ABSTAIN, 0.0, 1.0, reason)
         proved = now.thresholds[now.certified - 1]
-        return Decision(plan.candidate, proved, 1 - proved, reason, saturated=everything)
+        return Decision(plan.candidate, proved, 1 - proved, reason, saturated=everything, threshold=now.certified - 1)

@@ -6,7 +6,8 @@ samples; the certificate counts fresh samples only, whose number is fixed before
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -25,11 +26,16 @@ _STEP = 1.05
 class TwoStage(Certifier):
     """A pilot chooses how many samples (at most n) an image is worth."""
 
-    n0: int = Field(1000, ge=1, description="pilot samples an image: they choose its class and its number of samples")
-    loss: float = Field(0.05, gt=0, lt=1, description="wanted loss of radius, relative to the radius that n samples would give")
+    decisive: ClassVar[tuple[str, ...]] = ("radius_tolerance",)
+    renamed: ClassVar[Mapping[str, str]] = {"loss": "radius_tolerance"}
+
+    n0: int = Field(1000, ge=1, description="pilot samples per image: they choose its class and its number of samples")
+    radius_tolerance: float = Field(
+        0.05, gt=0, lt=1, description="wanted loss of radius, relative to the radius that n samples would give"
+    )
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
-        """One look, at the smallest size whose expected radius is at least (1 - loss) of the one expected at n.
+        """One look, at the smallest size whose expected radius is at least (1 - radius_tolerance) of the one expected at n.
 
         `counts` (classes,) of the pilot's n0 samples; raises InputError if that of the class is above n0.
         Expected: the bound at the pilot's share of hits. No look at all (abstain) where the pilot already shows, at error
@@ -47,7 +53,7 @@ class TwoStage(Certifier):
 
         sizes = np.array(sequential.look_schedule(self.n, growth=_STEP))
         radii = ndtri(np.maximum(bounds.lower(np.floor(share * sizes), sizes, self.alpha), 0.5))  # in sigma
-        return int(sizes[np.argmax(radii >= (1 - self.loss) * radii[-1])]) if radii[-1] > 0 else self.n
+        return int(sizes[np.argmax(radii >= (1 - self.radius_tolerance) * radii[-1])]) if radii[-1] > 0 else self.n
 
     def decide(self, counts: NDArray[np.int64], n: int, plan: Plan) -> Decision:
         """The exact bound at the chosen size, as CERTIFY; an abstention if the pilot left no hope.

@@ -2,69 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TypeVar
 
-from rscli.api import FileImages
+from rscli.api import FileImages, class_folder, list_images, skipped_text
 from rscli.errors import InputError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-"""What counts as an image, in any case of letters."""
 
 T = TypeVar("T")
 
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in `folder`, sorted as torchvision's `ImageFolder` does; hidden ones are left out."""
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+def labelled_images(folder: Path, classes: Sequence[str]) -> FileImages:
+    """The files of `folder`/class and the folders below, by class in the order of `classes`; a class may have no folder.
 
-
-def image_names(folder: Path) -> list[str]:
-    """The names of the image files directly in `folder`, sorted; hidden ones are left out (macOS leaves `._name.jpg`)."""
-    return sorted(_image_names(folder))
-
-
-def has_images(folder: Path) -> bool:
-    """Whether there is an image file directly in `folder`; stops at the first."""
-    return next(_image_names(folder), None) is not None
-
-
-def list_images(folder: Path, classes: Sequence[str]) -> FileImages:
-    """The files of `folder`/class/name, by class in the order of `classes`, then by name; a class may have no folder."""
+    The note counts what was skipped. Raises `InputError` for a folder that cannot be read.
+    """
     import numpy as np
 
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = [folder / name / file for file in image_names(folder / name)]
-        paths += files
-        labels += [label] * len(files)
-    return FileImages(paths, np.array(labels, np.int64))
-
-
-def same_name(name: str) -> str:
-    """What two names have in common that look the same (Unicode's form NFC): macOS writes an accent as a sign of its own."""
-    return unicodedata.normalize("NFC", name)
-
-
-def legible(name: str) -> str:
-    """The name of a class: that of its folder, with bytes that are not UTF-8 escaped, since a model file holds text."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    if folder.is_dir():
-        with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not entry.name.startswith("."))
-
-
-def _image_names(folder: Path) -> Iterator[str]:
-    return (e.name for e in _entries(folder) if e.name.lower().endswith(SUFFIXES) and not e.is_dir())
+    listings = [list_images(class_folder(folder, name)) for name in classes]
+    skipped = sum((listing.skipped for listing in listings), Counter[str]())
+    text = skipped_text(skipped)
+    return FileImages(
+        [path for listing in listings for path in listing.paths],
+        np.repeat(np.arange(len(classes), dtype=np.int64), [len(listing.paths) for listing in listings]),
+        note=f"{folder}: {text}" if text else "",
+    )
 
 
 # --- messages ----------------------------------------------------------------------------------------------------------------

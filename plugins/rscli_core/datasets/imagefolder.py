@@ -8,18 +8,23 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rscli.api import Augmentation, Dataset, DataSpec, FileImages, Finding, Transform, unit
-from rscli.errors import InputError
-from rscli_core.datasets._folders import (
+from rscli.api import (
+    COMMON_SUFFIXES,
+    Augmentation,
+    Dataset,
+    DataSpec,
+    FileImages,
+    Finding,
+    Transform,
+    class_folder,
     class_folders,
-    count,
     has_images,
-    image_names,
-    legible,
     list_images,
-    name_some,
-    same_name,
+    loose_images,
+    unit,
 )
+from rscli.errors import InputError
+from rscli_core.datasets._folders import count, labelled_images, name_some
 
 MEMORY_LIMIT = 2**30
 """With `cache = "auto"`, the decoded images of a split are held in memory up to this many bytes."""
@@ -32,12 +37,16 @@ AUGMENTATIONS = {
 
 
 class ImageFolder(Dataset):
-    """A folder of images: SPLIT/CLASS/IMAGE, with the splits train and test (or val), in any common format."""
+    """A folder of images: SPLIT/CLASS/IMAGE, with the splits train and test (or val), in any common format.
+
+    Images in folders below a class folder belong to the class. Hidden files, and what is no image, are skipped and counted.
+    """
 
     path: str = Field("", description="the folder with the splits: below the data folder, or absolute; empty: the data folder")
     size: int = Field(
         32,
         ge=1,
+        le=8192,
         description="height and width of the input; the shorter side is resized to it, the middle cropped",
         json_schema_extra=unit("pixels"),
     )
@@ -59,8 +68,8 @@ class ImageFolder(Dataset):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.channels:
                 raise ValueError(f"{name} has {len(values)} values, and there are {self.channels} channels")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"every std must be above 0, got {self.std}")
+        if self.std is not None and min(self.std) < 1e-6:
+            raise ValueError(f"every std must be above 0 (1e-6 or more), got {self.std}")
         if self.cache == "memory" and self.augment == "resized-crop":
             raise ValueError("augment = resized-crop reads the original files anew each time: cache = memory cannot serve it")
         return self
@@ -73,13 +82,16 @@ class ImageFolder(Dataset):
             raise InputError(f"neither train/, test/ nor val/ is in the folder {home}", _expected(home))
         classes = self._classes(self._find(splits[0], home))
         return DataSpec(
-            class_names=tuple(map(legible, classes)),
+            class_names=tuple(classes),
             shape=(self.channels, self.size, self.size),
             mean=self.mean,
             std=self.std,
             test_transform=Transform(channels=self.channels, resize=self.size, crop=(self.size, self.size)),
             augmentation=AUGMENTATIONS[self.augment],
-            sizes={name: self._size(self._find(name, home), classes) for name in splits},
+            sizes={
+                name: sum(len(list_images(class_folder(self._find(name, home), each)).paths) for each in classes)
+                for name in splits
+            },
         )
 
     def load(self, split: str, root: Path, *, download: bool = False) -> FileImages:
@@ -95,11 +107,10 @@ class ImageFolder(Dataset):
         _refuse_loose(folder)
         train = self._find("train", home)
         classes = self._classes(train if train.is_dir() else folder)
-        own = _by_name(folder)
-        if unknown := sorted(name for key, name in own.items() if key not in {same_name(each) for each in classes}):
+        if unknown := sorted(set(class_folders(folder)) - set(classes)):
             hint = f"Remove them from {folder}, or add them to {train}."
             raise InputError(f"{folder} has classes that train/ does not have: {name_some(unknown)}", hint)
-        files = list_images(folder, [own.get(same_name(name), name) for name in classes])
+        files = labelled_images(folder, classes)
         if not files.paths:
             raise InputError(f"no class folder of {folder} holds an image", _expected(home))
         return replace(files, cache=self._in_memory(len(files.paths)))
@@ -108,13 +119,12 @@ class ImageFolder(Dataset):
         """What each split holds, or what is wrong with it; lists the folders, but opens no file."""
         home = self._home(root)
         try:
-            sizes = self.spec(root).sizes
-            for split in sizes:
-                self.load(split, root)
+            splits = {name: self.load(name, root) for name in self.spec(root).sizes}
         except InputError as error:
             return [Finding(False, f"imagefolder: {error.message}", error.hint)]
         return [
-            Finding(True, f"imagefolder: {count(size, 'image')} in {self._find(name, home)}") for name, size in sizes.items()
+            Finding(True, f"imagefolder: {count(len(files.paths), 'image')} in {files.note or self._find(name, home)}")
+            for name, files in splits.items()
         ]
 
     def _home(self, root: Path) -> Path:
@@ -128,37 +138,23 @@ class ImageFolder(Dataset):
     def _classes(self, folder: Path) -> list[str]:
         """The class folders, two at least, each with images and no image beside them, or an `InputError`."""
         _refuse_loose(folder)
-        classes = [*_by_name(folder).values()]
+        classes = class_folders(folder)
         if len(classes) < 2:
             raise InputError(
                 f"{folder} has {count(len(classes), 'class folder')}; a classifier needs two", _expected(folder.parent)
             )
-        if empty := [name for name in classes if not has_images(folder / name)]:
-            formats = "png, jpg, bmp, gif, webp, tif or ppm"
-            raise InputError(f"class folders of {folder} without images: {name_some(empty)}", f"Put {formats} files there.")
+        if empty := [name for name in classes if not has_images(class_folder(folder, name))]:
+            hint = f"Put files there (any of {COMMON_SUFFIXES}, ...), or remove the folder."
+            raise InputError(f"class folders of {folder} without images: {name_some(empty)}", hint)
         return classes
-
-    def _size(self, folder: Path, classes: list[str]) -> int:
-        there = _by_name(folder)
-        return sum(len(image_names(folder / there.get(same_name(name), name))) for name in classes)
 
     def _in_memory(self, images: int) -> bool:
         fits = images * self.channels * self.size**2 <= MEMORY_LIMIT
         return self.cache == "memory" or (self.cache == "auto" and fits and self.augment != "resized-crop")
 
 
-def _by_name(folder: Path) -> dict[str, str]:
-    """The class folders by what they are compared by. Raises `InputError` for two whose names look the same."""
-    found: dict[str, str] = {}
-    for name in class_folders(folder):
-        if (other := found.setdefault(same_name(name), name)) != name:
-            text = f"{folder} has two folders whose names look the same: {other!a} and {name!a}"
-            raise InputError(text, "They are written in two forms of Unicode. Put their images into one of them.")
-    return found
-
-
 def _refuse_loose(folder: Path) -> None:
-    if loose := image_names(folder):
+    if loose := loose_images(folder):
         text = f"{folder} has {count(len(loose), 'image')} outside any class folder ({name_some(loose, 2)})"
         raise InputError(text, f"Move each into {folder / 'CLASS'}.")
 

@@ -6,9 +6,19 @@ from pathlib import Path
 
 from pydantic import Field
 
-from rscli.api import Augmentation, Dataset, DataSpec, FileImages, Finding, Transform
+from rscli.api import (
+    Augmentation,
+    Dataset,
+    DataSpec,
+    FileImages,
+    Finding,
+    Transform,
+    class_folders,
+    has_images,
+    loose_images,
+)
 from rscli.errors import InputError
-from rscli_core.datasets._folders import class_folders, count, has_images, image_names, list_images, name_some, unknown_split
+from rscli_core.datasets._folders import count, labelled_images, name_some, unknown_split
 
 FOLDERS = {"train": "train", "test": "val", "val": "val"}
 """The folder of each split: the held-out images of the field are those of val/."""
@@ -52,7 +62,7 @@ class ImageNet(Dataset):
             lines = [f"the ImageNet folders in {_home(root)} are not in order:"]
             lines += [f"  {found.text}. {found.hint}" for found in problems]
             raise InputError("\n".join(lines), "`rscli doctor` checks them again.")
-        return list_images(folder, class_folders(folder))
+        return labelled_images(folder, class_folders(folder))
 
     def check(self, root: Path) -> list[Finding]:
         """Every problem of the folders, or that there is none; lists them, but opens no file."""
@@ -73,7 +83,7 @@ class ImageNet(Dataset):
 
     def _split_problems(self, folder: Path, classes: list[str]) -> list[Finding]:
         found = []
-        if loose := image_names(folder):
+        if loose := loose_images(folder):
             text = f"{folder.name}/ has {count(len(loose), 'image')} outside any class folder ({name_some(loose, 2)})"
             found.append(Finding(False, text, f"Move each into {folder.name}/CLASS/, as the list of labels says."))
         elif not classes:

@@ -36,7 +36,7 @@ class Macer(Loss):
     beta: float = Field(16.0, gt=0, description="inverse temperature of the robustness term")
     gamma: float = Field(8.0, gt=0, description="margin of the hinge, on -xi", json_schema_extra=unit("2 radius / sigma"))
     deferred: bool = Field(
-        False, description="lbd = 0 until the first drop of the learning rate: for the whole run if there are no schedule.drops"
+        False, description="lbd = 0 until the learning rate first falls: for the whole run if the schedule keeps it"
     )
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
@@ -47,7 +47,7 @@ class Macer(Loss):
         """
         logits, labels = step.noisy_logits, step.labels
         q_y = logits.softmax(-1).mean(0).gather(-1, labels.unsqueeze(-1))
-        lbd = 0.0 if self.deferred and step.drops == 0 else self.lbd
+        lbd = 0.0 if self.deferred and step.position.lr_factor == 1 else self.lbd
         return {"ce": -(q_y + 1e-10).log().mean(), "robustness": lbd * step.sigma / 2 * self._hinge(logits, labels).mean()}
 
     def _hinge(self, logits: Tensor, labels: Tensor) -> Tensor:

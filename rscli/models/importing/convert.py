@@ -8,34 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 from rscli import __version__
 from rscli.api import Architecture, Dataset, Plugin
-from rscli.config.layers import DEFAULTS, build_section, full_section
+from rscli.config.layers import build_section, defaults, full_section, read_sets
 from rscli.config.problems import Problems
 from rscli.config.schema import SECTIONS
-from rscli.config.settings import Setting, Settings, dotted, flatten, nest, parse_sets, stack
-from rscli.errors import InputError
+from rscli.config.settings import Setting, Settings, dotted, flatten, nest, stack
+from rscli.data.splits import spec_of
+from rscli.errors import InputError, RscliError
+from rscli.models.card import ModelCard
 from rscli.models.importing.foreign import Checkpoint, read_checkpoint
 from rscli.models.importing.keys import fit_tensors
 from rscli.models.importing.mismatch import check_fit
 from rscli.models.importing.normalization import NORMALIZATIONS, Normalization, choose_normalization, take_constants
-from rscli.models.modelfile import ModelCard, file_digest, save_model
+from rscli.models.modelfile import file_digest, save_model
 from rscli.models.network import Classifier, build_classifier, parameter_count
-from rscli.registry import installed
+from rscli.registry import installed, load_entry
 from rscli.runtime.progress import Progress
-from rscli.text import visible
-
-FIELD_ARCHS: dict[str, dict[str, Any]] = {
-    "lenet": {"name": "lenet"},
-    "resnet50": {"name": "timm/resnet50"},
-    "cifar_resnet20": {"name": "cifar-resnet", "depth": 20},
-    "cifar_resnet110": {"name": "cifar-resnet", "depth": 110},
-    "cifar_densenet40": {"name": "cifar-densenet", "depth": 40, "growth": 12},
-}
-"""What the field's codes call an architecture, and what it is here."""
 
 IMPORTED = ("arch", "data", "noise")
 """The sections of a configuration that an import needs."""
@@ -43,7 +36,10 @@ IMPORTED = ("arch", "data", "noise")
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What to import, and what the file does not say of itself. `arch` None: as the file says; `sigma` in [0, 1] pixels."""
+    """What to import, and what the file does not say of itself. `arch` None: as the file says; `sigma` in [0, 1] pixels.
+
+    `ema`, `prefix` and `ignore` say which tensors are taken, as for `read_checkpoint`.
+    """
 
     checkpoint: Path
     out: Path
@@ -51,10 +47,13 @@ class ImportOptions:
     sigma: float
     data_dir: Path
     arch: str | None = None
-    noise: str = "gaussian"
+    noise: str | None = None
     normalization: str = "auto"
     sets: tuple[str, ...] = ()
     force: bool = False
+    ema: bool = False
+    prefix: str = ""
+    ignore: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,14 @@ def import_checkpoint(options: ImportOptions, progress: Progress) -> Imported:
     architecture or the data set, and for an `out` that exists (unless `force`); `ConfigError` for settings that do not hold.
     """
     _check_options(options)
-    checkpoint = read_checkpoint(options.checkpoint)
+    checkpoint = read_checkpoint(options.checkpoint, ema=options.ema, prefix=options.prefix, ignore=options.ignore)
+    if checkpoint.note:
+        progress.warn(checkpoint.note)
     plugins, sections = _plugins(options, checkpoint)
-    spec = cast(Dataset, plugins["data"]).spec(options.data_dir)
+    spec = spec_of(cast(Dataset, plugins["data"]), options.data_dir)
     network = build_classifier(cast(Architecture, plugins["arch"]), spec).network
-    fit, constants = take_constants(fit_tensors(checkpoint.tensors, network.state_dict()))
+    fit = fit_tensors(checkpoint.tensors, network.state_dict(), cast(Architecture, plugins["arch"]).rename)
+    fit, constants = take_constants(fit, checkpoint, options.prefix)
     check_fit(fit, checkpoint.path, sections["arch"], sections["data"]["name"], spec, _other_arch(checkpoint, sections["arch"]))
     normalization = choose_normalization(options.normalization, constants, spec, checkpoint, fit.prefix)
     network.load_state_dict(fit.tensors)
@@ -94,7 +96,7 @@ def import_checkpoint(options: ImportOptions, progress: Progress) -> Imported:
         spec=spec.model_copy(update={"mean": normalization.mean, "std": normalization.std}),
         plugins=[asdict(installed().provenance(SECTIONS[name], sections[name]["name"])) for name in IMPORTED],
         epochs=checkpoint.epochs,
-        origin=f"imported from {visible(options.checkpoint.name)} (sha256 {file_digest(options.checkpoint)})",
+        origin=f"imported from {options.checkpoint.name} (sha256 {file_digest(options.checkpoint)})",
     )
     save_model(options.out, Classifier(network, card.spec), card)
     (progress.note if normalization.sure else progress.warn)(str(normalization))
@@ -123,23 +125,24 @@ def _check_options(options: ImportOptions) -> None:
 
 def _plugins(options: ImportOptions, checkpoint: Checkpoint) -> tuple[dict[str, Plugin], dict[str, dict[str, Any]]]:
     """The plugins, and what the model file says of each, by section. Raises `ConfigError` naming every wrong setting."""
-    chosen, problems_of_sets = parse_sets(options.sets)
+    if options.arch is not None:
+        _check_arch(options.arch)
+    named = checkpoint.arch if options.arch is None else options.arch
+    arch = (_guess(named) if options.arch is None else field_archs().get(named or "", {"name": named})) or {}
+    settings = stack(defaults(), flatten({"arch": arch}, checkpoint.path.name if options.arch is None else "--arch"))
+    flags: Settings = {
+        ("data", "name"): Setting(options.dataset, "--dataset"),
+        ("noise", "name"): Setting(options.noise or installed().default("noises"), "--noise"),
+        ("noise", "sigma"): Setting(options.sigma, "--sigma"),
+    }
+    settings = stack(settings, flags)
+    chosen, problems_of_sets = read_sets(options.sets, settings)
     for key in list(chosen):
         if len(key) < 2 or key[0] not in IMPORTED:
             takes = ", ".join(f"{section}.KEY=VALUE" for section in IMPORTED)
             problems_of_sets.append(f"--set {dotted(key)} is not a setting of import: it takes {takes}")
             del chosen[key]
-    if options.arch is not None:
-        _check_arch(options.arch)
-    named = checkpoint.arch if options.arch is None else options.arch
-    arch = FIELD_ARCHS.get(named or "", {} if options.arch is None else {"name": named})
-    settings = stack(DEFAULTS, flatten({"arch": arch}, checkpoint.path.name if options.arch is None else "--arch"))
-    flags: Settings = {
-        ("data", "name"): Setting(options.dataset, "--dataset"),
-        ("noise", "name"): Setting(options.noise, "--noise"),
-        ("noise", "sigma"): Setting(options.sigma, "--sigma"),
-    }
-    settings = stack(stack(settings, flags), chosen)
+    settings = stack(settings, chosen)
     if ("arch", "name") not in settings:
         raise _unknown_arch(checkpoint)
     problems, nested = Problems(settings, problems_of_sets), nest(settings)
@@ -150,21 +153,54 @@ def _plugins(options: ImportOptions, checkpoint: Checkpoint) -> tuple[dict[str, 
     return plugins, {name: full_section(name, str(nested[name]["name"]), plugins[name]) for name in IMPORTED}
 
 
+def field_archs() -> dict[str, dict[str, Any]]:
+    """What other code calls an architecture, and what it is here, as the plugins say; broken plugins say nothing."""
+    known: dict[str, dict[str, Any]] = {}
+    for entry in installed().entries("architectures"):
+        try:
+            plugin = cast(type[Architecture], load_entry(entry))
+        except RscliError:
+            continue
+        for name, fields in plugin.field_names.items():
+            rest = dict(fields)
+            variant = rest.pop(plugin.variant or "", None)
+            here = entry.name if variant is None else f"{entry.name}/{variant}"
+            known.setdefault(name, {"name": here, **rest})
+    return known
+
+
+def _guess(named: str | None) -> dict[str, Any] | None:
+    """What a file's own word for its architecture means here; a wrong guess does no harm, for its tensors would not fit."""
+    if named is None:
+        return None
+    offered = [{"name": name} for name in installed().offering("architectures", named)]
+    return field_archs().get(named) or (offered[0] if offered else None)
+
+
+def _way_to_arch(name: str) -> str:
+    if offered := installed().offering("architectures", name):
+        return f"Write --arch {offered[0]}."
+    if near := get_close_matches(name, [*field_archs(), *(entry.name for entry in installed().entries("architectures"))], n=1):
+        return f"Did you mean --arch {near[0]}?"
+    return "timm's models, torchvision's ResNets among them, are timm/NAME. `rscli plugins` lists the others."
+
+
 def _check_arch(name: str) -> None:
     """Raises `InputError` if no plugin is called `name`, and no architecture of the field."""
     plugins = {entry.name for entry in installed().entries("architectures")}
-    if name in FIELD_ARCHS or name.rpartition(":")[2].partition("/")[0] in plugins:
+    known = field_archs()
+    if name in known or name.rpartition(":")[2].partition("/")[0] in plugins:
         return
     raise InputError(
         f"there is no architecture {name!r}: none of the plugins ({', '.join(sorted(plugins))}) is called that, "
-        f"and none of the field's ({', '.join(FIELD_ARCHS)})",
-        f"timm's models, torchvision's ResNets among them, are timm/NAME: is it --arch timm/{name}?",
+        f"and none of the field's ({', '.join(known)})",
+        _way_to_arch(name),
     )
 
 
 def _other_arch(checkpoint: Checkpoint, chosen: Mapping[str, Any]) -> str | None:
     """What the file itself says of its architecture, if that is one of the field's names, and another one than `chosen`."""
-    field = FIELD_ARCHS.get(checkpoint.arch or "")
+    field = _guess(checkpoint.arch)
     return None if field is None or field.items() <= chosen.items() else checkpoint.arch
 
 
@@ -172,7 +208,7 @@ def _unknown_arch(checkpoint: Checkpoint) -> InputError:
     says = (
         "does not say which architecture it is of"
         if checkpoint.arch is None
-        else f"says arch = {checkpoint.arch!r}, which is none of the field's names ({', '.join(FIELD_ARCHS)})"
+        else f"says arch = {checkpoint.arch!r}, which no plugin knows (known: {', '.join(field_archs())}, timm's names)"
     )
     hint = (
         "Name it: --arch NAME, with its fields as --set arch.KEY=VALUE; timm's models are timm/NAME. `rscli plugins` lists all."

@@ -53,10 +53,28 @@ def check_fit(
     for sort, found in sorts.items():
         lines += [f"  {sort}: {line}" for line in found[:SHOWN]]
         lines += [f"  {sort}: and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    hint = "Is it of another architecture (--arch NAME), or of other fields (--set arch.KEY=VALUE)?"
+    hint = _only_extra(fit) or "Is it of another architecture (--arch NAME), or of other fields (--set arch.KEY=VALUE)?"
     if other_arch is not None:
         hint = f"The file says arch = {other_arch!r}: leave out --arch and --set arch.KEY=VALUE to import it as that."
     raise InputError("\n".join(lines), hint)
+
+
+def _only_extra(fit: Fit) -> str | None:
+    """How to leave out what is extra, if nothing else is wrong: another network, or what training needed."""
+    if fit.missing or fit.misshapen or not fit.extra:
+        return None
+    if len(fit.copies) > 1:
+        ways = " or ".join(f"--prefix {prefix}" for prefix in fit.copies if prefix)
+        return f"It holds {len(fit.copies)} networks that fit. Name the one to import: {ways}."
+    own = {name.partition(".")[0] for name in fit.expected}
+    if any(n.startswith(fit.prefix) and n.removeprefix(fit.prefix).partition(".")[0] in own for n in fit.extra):
+        return None  # more of the network's own parts: it is a deeper one
+    starts = dict.fromkeys(f"{name.rpartition('.')[0]}.*" if "." in name else name for name in fit.extra)
+    roots = dict.fromkeys(start.partition(".")[0] for start in starts)
+    if not any((fit.prefix + name).partition(".")[0] in roots for name in fit.tensors):
+        starts = dict.fromkeys(root if root in fit.extra else f"{root}.*" for root in roots)
+    ways = " ".join(f"--ignore '{start}'" for start in list(starts)[:8])
+    return f"The network is whole. If the extra tensors were for training only, leave them out: {ways}"
 
 
 def _other_classes(fit: Fit, classes: int) -> tuple[str, int] | None:

@@ -7,7 +7,7 @@ MACER's code normalises nothing. Other code saves the constants, under names suc
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,8 +20,8 @@ from rscli.models.importing.keys import Fit
 NORMALIZATIONS = ("auto", "dataset", "none")
 """What a user can ask for."""
 
-MEANS = frozenset({"mean", "means", "mu"})
-STDS = frozenset({"std", "stds", "sds", "sigma"})
+MEANS = frozenset({"mean", "means", "mu", "new_mean"})
+STDS = frozenset({"std", "stds", "sds", "sigma", "new_std"})
 """What a normalisation layer calls its constants, where it saves them."""
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]
@@ -42,23 +42,37 @@ class Normalization:
         return f"normalisation: {shown} ({self.reason})"
 
 
-def take_constants(fit: Fit) -> tuple[Fit, Constants | None]:
+def take_constants(fit: Fit, checkpoint: Checkpoint, prefix: str = "") -> tuple[Fit, Constants | None]:
     """The mean and std of a normalisation layer among the extra tensors, and what is left without them.
 
-    Raises `InputError` if they cannot be those of images in [0, 1].
+    They may also be `outside` of the wanted `prefix`, in a layer beside the network that this names. Several layers are as
+    good as one if they hold the same numbers. Raises `InputError` if they cannot be those of images in [0, 1].
     """
-    found = {kind: [n for n in fit.extra if n.rpartition(".")[2] in kind] for kind in (MEANS, STDS)}
-    if any(len(names) != 1 for names in found.values()):
+    pool = {**_beside(checkpoint, prefix), **fit.extra}
+    means, stds = ([n for n in pool if n.rpartition(".")[2] in kind] for kind in (MEANS, STDS))
+    found = [{tuple(pool[name].flatten().tolist()) for name in names} for names in (means, stds)]
+    if any(len(different) != 1 for different in found):
         return fit, None
-    (mean,), (std,) = found[MEANS], found[STDS]
-    values = tuple(fit.extra[mean].flatten().tolist()), tuple(fit.extra[std].flatten().tolist())
-    if not (all(0 <= m <= 1 for m in values[0]) and all(0 < s < float("inf") for s in values[1])):
+    mean, std, values = means[0], stds[0], (found[0].pop(), found[1].pop())
+    if not (all(0 <= m <= 1 for m in values[0]) and all(1e-6 <= s <= 1e6 for s in values[1])):
         raise InputError(
             f"the file normalises with {mean} = {_numbers(values[0])} and {std} = {_numbers(values[1])}",
-            "Here pixels are in [0, 1] before any normalisation, so a mean must be in [0, 1] and a std above 0.",
+            "Here pixels are in [0, 1] before any normalisation, so a mean must be in [0, 1] and a std above 0 (1e-6 or more).",
         )
-    extra = {name: tensor for name, tensor in fit.extra.items() if name not in (mean, std)}
-    return Fit(fit.tensors, extra, fit.expected, fit.prefix), values
+    extra = {name: tensor for name, tensor in fit.extra.items() if name not in (*means, *stds)}
+    return replace(fit, extra=extra), values
+
+
+def _holder(name: str) -> str:
+    """What holds the layer of a tensor: `module.` of `module.normalizer.mean`."""
+    return ".".join([*name.split(".")[:-2], ""]) if name.count(".") > 1 else ""
+
+
+def _beside(checkpoint: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:
+    """The constants outside of `prefix` that are nearest to the network it names: under the longest part of it."""
+    around = {name: _holder(name) for name in checkpoint.outside if name.rpartition(".")[2] in MEANS | STDS}
+    nearest = max((holder for holder in around.values() if prefix.startswith(holder)), key=len, default=None)
+    return {name: checkpoint.outside[name] for name, holder in around.items() if holder == nearest}
 
 
 def choose_normalization(

@@ -1,0 +1,1 @@
+"""CAT-RS for rscli."""

@@ -1,0 +1,1 @@
+"""SmoothMix for rscli."""

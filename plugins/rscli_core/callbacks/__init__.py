@@ -1,0 +1,1 @@
+"""Core callbacks, one a file."""

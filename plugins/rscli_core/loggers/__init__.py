@@ -1,0 +1,1 @@
+"""Core loggers, one a file."""

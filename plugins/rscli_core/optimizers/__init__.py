@@ -1,0 +1,1 @@
+"""Core optimisers, one a file."""

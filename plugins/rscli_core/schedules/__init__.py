@@ -1,0 +1,1 @@
+"""Core learning-rate schedules, one a file."""

@@ -1,0 +1,166 @@
+"""A run from its present epoch to its last: callbacks are called, figures are logged, and a request to stop is heard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rscli.api import Callback, Certificate, Logger, LogWriter, Run
+from rscli.data.splits import Split
+from rscli.errors import Stopped
+from rscli.runtime.guard import calling
+from rscli.runtime.progress import Progress
+from rscli.runtime.signals import StopRequest
+from rscli.smoothing.classifier import SmoothedClassifier
+from rscli.training.metrics import Meter
+from rscli.training.run_folder import RunFolder
+from rscli.training.trainer import Trainer
+
+
+class TrainingRun(Run):
+    """One run, as the host drives it and as loggers and callbacks see it."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: RunFolder,
+        open_images: Callable[[str], Split],
+        progress: Progress,
+        stop: StopRequest,
+    ) -> None:
+        self.trainer, self.progress, self.stop, self._folder = trainer, progress, stop, folder
+        self._open_images, self._splits = open_images, {"train": trainer.split}
+        self.spec = trainer.split.spec
+        self.folder, self.model, self.noise = folder.path, trainer.classifier, trainer.resolved.noise
+        self.epochs, self.config = trainer.config.epochs, trainer.resolved.as_dict()
+        self.callbacks: dict[str, Callback] = trainer.resolved.callbacks
+        self.states: dict[str, dict[str, Any]] = {name: {} for name in self.callbacks}
+        """What callbacks keep, by their names."""
+        self._line: dict[str, Any] = {}
+        self._save_wanted = False
+
+    @property
+    def epoch(self) -> int:  # type: ignore[override]
+        """Finished epochs."""
+        return self.trainer.epoch
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        """Finished batches of the current epoch."""
+        return self.trainer.batch
+
+    @property
+    def batches(self) -> int:  # type: ignore[override]
+        """Batches in an epoch."""
+        return self.trainer.batches
+
+    def images(self, split: str, indices: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
+        """Images of a split under the test transform, and their labels; the split is opened once."""
+        found = self._splits.get(split) or self._splits.setdefault(split, self._open_images(split))
+        return torch.stack([found.image(int(index)) for index in indices]), found.labels[list(indices)]
+
+    def certify(self, images: Tensor, **options: Any) -> Sequence[Certificate]:
+        """Certificates of `images` by the present weights; the run's random numbers, layout and modes stay as they are."""
+        model = SmoothedClassifier(self.model, noise=self.noise, class_names=self.spec.class_names, input_shape=self.spec.shape)
+        with torch.random.fork_rng(devices=[]):
+            return model.certify(images, **options)
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Adds to the line of this epoch."""
+        self._line |= values
+
+    def save(self) -> None:
+        """Asks for a checkpoint: at the next moment that a run can go on from, after this batch or after this epoch's line."""
+        self._save_wanted = True
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+        self.progress.note(text)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes what callbacks had kept; the trainer has taken its part."""
+        self.states |= {name: dict(kept) for name, kept in state.get("callbacks", {}).items() if name in self.states}
+        self._line = dict(state.get("line", {}))
+
+    def complete(self) -> None:
+        """Trains to the end. Raises `Stopped` when asked to stop; the state is saved."""
+        trainer = self.trainer
+        with ExitStack() as open_logs:
+            logs = [self._opened(logger, open_logs) for logger in trainer.resolved.loggers.values()]
+            if any(type(log).write_step is not LogWriter.write_step for _, log in logs):
+                trainer.on_figures = partial(self._write_step, logs)
+                trainer.meter = Meter(trainer.meter.state(), trainer.on_figures)
+            self._call("begin")
+            trainer.after_step = partial(self._call, "after_step")
+            total = self.batches * self.epochs
+            self.progress.start("train", total, self.epoch * self.batches + self.batch, "batch")
+            open_logs.callback(self.progress.finish)
+            while trainer.epoch < self.epochs:
+                line = self._one_epoch()
+                for logger, log in logs:
+                    with calling(logger, "write"):
+                        log.write(line)
+                self._save_if_wanted()
+                if self.stop.requested and self.epoch < self.epochs:
+                    self._end_here()
+            self._call("end")
+
+    def _one_epoch(self) -> dict[str, Any]:
+        """The rest of the current epoch; its figures. Afterwards the next one is the current."""
+        trainer, progress = self.trainer, self.progress
+        began, first, speed = time.monotonic(), trainer.meter.images, 0.0
+        with closing(trainer.epoch_batches()) as batches:
+            for _ in batches:
+                speed = (trainer.meter.images - first) / max(time.monotonic() - began, 1e-9)
+                done = trainer.epoch * trainer.batches + trainer.batch
+                figures = {"epoch": str(trainer.epoch + 1), **trainer.meter.figures(), "images/s": f"{speed:.0f}"}
+                progress.update(done, figures)
+                if trainer.batch < trainer.batches:
+                    self._save_if_wanted()
+                    if self.stop.requested:
+                        self._end_here()
+        line = {"epoch": trainer.epoch + 1, "lr": trainer.last_lr, **trainer.meter.means()}
+        trainer.epoch, trainer.batch, trainer.meter = trainer.epoch + 1, 0, trainer.new_meter()
+        self._call("after_epoch")
+        more, self._line = self._line, {}
+        return {**line, **more, "images_per_s": round(speed, 1), "seconds": round(time.monotonic() - began, 3)}
+
+    def _write_step(self, logs: Sequence[tuple[Logger, LogWriter]], line: Mapping[str, Any]) -> None:
+        for logger, log in logs:
+            with calling(logger, "write_step"):
+                log.write_step(line)
+
+    def _opened(self, logger: Logger, open_logs: ExitStack) -> tuple[Logger, LogWriter]:
+        with calling(logger, "open"):
+            log = logger.open(self)
+            open_logs.callback(log.close)
+        return logger, log
+
+    def _call(self, moment: str) -> None:
+        for name, callback in self.callbacks.items():
+            with calling(callback, moment):
+                getattr(callback, moment)(self, self.states[name])
+
+    def _save_if_wanted(self) -> None:
+        if self._save_wanted:
+            self._save()
+
+    def _save(self) -> None:
+        self.trainer.meter.flush()
+        self._folder.save({**self.trainer.state(), "callbacks": self.states, "line": self._line})
+        self._save_wanted = False
+
+    def _end_here(self) -> None:
+        """Saves, and raises `Stopped`."""
+        self._save()
+        where = f"epoch {self.epoch + 1}, batch {self.batch}"
+        hint = "The same command with --resume goes on from there."
+        raise Stopped(f"stopped as asked, at {where}; saved in {self.folder}", hint, exit_code=self.stop.exit_code)
