@@ -266,3 +266,13 @@ def test_a_protocol_holds_any_text(name, tmp_path):
     assert written["info"] == protocol["info"]
     assert read_protocol(tmp_path / "results.tsv") == written
     assert [path.name for path in tmp_path.iterdir()] == ["results.tsv.protocol.json"]
+
+
+@pytest.mark.parametrize("name", ["[x]", "*x", "[", "**"])
+def test_a_name_is_no_option_of_the_line_break_before_it(name, tmp_path):
+    for folder_name in ("first", name):
+        (tmp_path / folder_name).mkdir()
+        (tmp_path / folder_name / "results.tsv").write_text(ROWS)
+    text = render(compare([read_results(tmp_path / each) for each in ("first", name)]), "latex")
+    assert f"    {{}}{name} &" in text
+    assert not re.search(r"\\\\\n\s*[\[*]", text)
