@@ -20,7 +20,9 @@ from rscli.models.modelfile import read_card
 from rscli.results.reader import read_results
 from rscli.results.writer import ResultWriter
 from rscli.runtime.files import FULL, _token, explained, read_json, replacing, write_answer, write_text
+from rscli.runtime.guard import calling, described
 from rscli.training.run_folder import RunFolder
+from rscli_core.datasets.imagefolder import ImageFolder
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes as POSIX has them")
 
@@ -123,7 +125,7 @@ def test_a_result_is_begun_through_a_link(tmp_path):
 
 
 def test_no_empty_result_stays_behind(monkeypatch, tmp_path):
-    monkeypatch.setattr("rscli.results.writer.write_json", lambda *_: (_ for _ in ()).throw(InputError("refused")))
+    monkeypatch.setattr("rscli.results.protocol.write_text", lambda *_: (_ for _ in ()).throw(InputError("refused")))
     with pytest.raises(InputError, match="refused"):
         ResultWriter.create(tmp_path / "r.tsv", {"format": 1})
     assert [*tmp_path.iterdir()] == []
@@ -203,3 +205,85 @@ def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not
     os.utime(old, (0, 0))
     write_text(tmp_path / "t", "x")
     assert sorted(tmp_path.iterdir()) == sorted([live, other, elsewhere, tmp_path / "t"])
+
+
+# --- links in a circle, pipes, long names ---
+
+CIRCLES = {
+    "predict": ["predict", "loop", "loop"],
+    "predict images": ["predict", "model.safetensors", "loop"],
+    "certify": ["certify", "loop"],
+    "compare": ["compare", "loop"],
+    "compare out": ["compare", "rows.tsv", "--out", "loop"],
+    "compare plot": ["compare", "rows.tsv", "--plot", "loop/p.svg"],
+    "import": ["import", "loop", "--dataset", "digits", "--sigma", "0.5"],
+    "config": ["train", "--preset", "digits-gaussian-0.25", "--config", "loop", "--dry-run"],
+    "train out": ["train", "--preset", "digits-gaussian-0.25", "--set", "epochs=1", "--device", "cpu", "--out", "loop"],
+}
+
+
+@pytest.mark.parametrize("command", CIRCLES)
+def test_links_in_a_circle_are_one_message(command, monkeypatch, tmp_path):
+    """Real links, at every path of every command: what asks `Path.resolve` would raise a RuntimeError."""
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("pool")
+    Path("pool").symlink_to("loop")
+    Path("rows.tsv").write_text(ROWS)
+    done = CliRunner().invoke(app, CIRCLES[command])
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit), done.exception
+    assert "loop" in done.stderr or "model.safetensors" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "pool", "rows.tsv"]
+
+
+def test_a_pipe_is_not_waited_for_unless_it_was_given_open(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tsv")
+    with pytest.raises(InputError, match="is a pipe, not a file"):
+        read_results(tmp_path / "pipe.tsv")
+    script = f"printf {ROWS!r} | {sys.executable} -m rscli compare /dev/stdin --json"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "模"])
+@pytest.mark.parametrize("size", [239, 240, 241, 254, 255])
+def test_the_longest_name_that_the_system_allows_is_written(letter, size, tmp_path):
+    """And what a killed writer left beside it is found again, although its name had to be shortened."""
+    width = len(letter.encode())
+    path = tmp_path / (letter * (size // width) + "a" * (size % width))
+    assert len(path.name.encode()) == size
+    with pytest.raises(KeyboardInterrupt), replacing(path) as beside:  # noqa: PT012
+        left = beside.name
+        raise KeyboardInterrupt
+    gone = left[: -len("12345678.part")] + _token(2**22 + 1) + ".part"
+    (tmp_path / gone).write_text("half")
+    write_text(path, "whole")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(path.name, "whole")]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)
+def test_what_the_system_refuses_a_plugin_is_no_fault_of_the_plugin(number):
+    plugin = ImageFolder()
+    with pytest.raises(RscliError) as caught, calling(plugin, "load"):
+        raise OSError(number, os.strerror(number), "/data/photos")
+    assert caught.value.message == f"{described(plugin)} cannot access /data/photos: {os.strerror(number)}"
+    assert caught.value.exit_code == (1 if number in FULL else 2)
+    assert "author" not in (caught.value.hint or "")
+
+
+REACHED = {
+    **{command: [each.replace("PATH", "there") for each in arguments] for command, arguments in COMMANDS.items()},
+    "compare out": ["compare", "rows.tsv", "--out", "there"],
+    "compare plot": ["compare", "rows.tsv", "--plot", "there.svg"],
+    "certify out": ["certify", "rows.tsv", "--out", "there"],
+    "data": ["train", "--preset", "mnist-gaussian-0.5", "--data-dir", "there", "--dry-run"],
+}
+
+
+@pytest.mark.parametrize("command", REACHED)
+def test_no_path_is_refused_before_the_boundary(command, monkeypatch, tmp_path):
+    """typer would answer an unreadable path in a box of its own, without the reason and without what to do."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("there", "there.svg", "rows.tsv"):
+        Path(name).write_text(ROWS)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    assert "is not readable" not in " ".join(CliRunner().invoke(app, REACHED[command]).output.split())

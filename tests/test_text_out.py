@@ -27,6 +27,7 @@ from rscli.errors import InputError
 from rscli.report.export import to_csv, to_json
 from rscli.report.render import FORMATS, print_tables, render
 from rscli.report.summary import compare
+from rscli.results.protocol import claim, read_protocol
 from rscli.results.reader import read_results
 from rscli.text import encodable, json_text, one_line, same_name, visible
 from rscli_core.datasets.imagefolder import ImageFolder
@@ -255,3 +256,23 @@ def test_a_latin_1_name_has_a_fingerprint_and_others_keep_theirs(tmp_path):
     assert before == hashlib.sha256(lines.encode() + found.labels.astype("<i8").tobytes()).hexdigest()
     latin = found.paths[0].rename(found.paths[0].with_name("caf\udce9.png"))
     assert FileSplit([latin, found.paths[1]], found.labels, spec).fingerprint() != before
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_protocol_holds_any_text(name, tmp_path):
+    """A model whose path is not UTF-8 stands in the protocol; what is written must be what is read, and its digest hold."""
+    protocol = {"format": 2, "dataset": "digits", "info": {"model": HOSTILE[name], "arch": {"name": HOSTILE[name]}}}
+    written = claim(tmp_path / "results.tsv", protocol)
+    assert written["info"] == protocol["info"]
+    assert read_protocol(tmp_path / "results.tsv") == written
+    assert [path.name for path in tmp_path.iterdir()] == ["results.tsv.protocol.json"]
+
+
+@pytest.mark.parametrize("name", ["[x]", "*x", "[", "**"])
+def test_a_name_is_no_option_of_the_line_break_before_it(name, tmp_path):
+    for folder_name in ("first", name):
+        (tmp_path / folder_name).mkdir()
+        (tmp_path / folder_name / "results.tsv").write_text(ROWS)
+    text = render(compare([read_results(tmp_path / each) for each in ("first", name)]), "latex")
+    assert f"    {{}}{name} &" in text
+    assert not re.search(r"\\\\\n\s*[\[*]", text)

@@ -12,7 +12,7 @@ from rscli.cli import options as opt
 
 
 def certify(
-    model: Annotated[Path, typer.Argument(help="A model file (model.safetensors), or its run folder.")],
+    model: Annotated[Path, typer.Argument(help="A model file (model.safetensors), or its run folder.", readable=False)],
     n: Annotated[int, typer.Option("--n", min=1, max=10**12, help="Monte Carlo samples per image.")] = 100_000,
     n0: Annotated[
         int | None,
@@ -42,7 +42,9 @@ def certify(
     labels: Annotated[
         bool, typer.Option("--labels", help="Test each image's label, not a class chosen first: certified accuracy only.")
     ] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Result file.  [default: results.tsv beside the model]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Result file.  [default: results.tsv beside the model]", readable=False)
+    ] = None,
     resume: opt.Resume = False,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
     data_dir: opt.DataDir = opt.DATA_DIR,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,8 @@ class Format(StrEnum):
 
 def compare(
     results: Annotated[
-        list[Path], typer.Argument(help="Result files, or folders with a results.tsv; the first is the baseline.")
+        list[Path],
+        typer.Argument(help="Result files, or folders with a results.tsv; the first is the baseline.", readable=False),
     ],
     radii: Annotated[
         str | None, typer.Option("--radii", help="Radii to show besides 0, as 0.25,0.5.  [default: every 0.25]")
@@ -32,8 +34,12 @@ def compare(
     names: Annotated[str | None, typer.Option("--names", help="What to call the results, as A,B.")] = None,
     form: Annotated[Format, typer.Option("--format", help="How to write the tables.")] = Format.table,
     json: opt.Json = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the curves to a .png, .svg or .pdf.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the tables to a file instead of stdout.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw the curves to a .png, .svg or .pdf.", readable=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the tables to a file instead of stdout.", readable=False)
+    ] = None,
     allow_different: Annotated[
         bool, typer.Option("--allow-different", help="Compare although n, alpha, the radii decided or the like differ.")
     ] = False,
@@ -75,7 +81,9 @@ def compare(
     if plot is not None:
         check_plot_path(plot)
     read = [read_results(path) for path in results]
-    if out is not None and out.resolve() in [p.resolve() for run in read for p in (run.path, protocol_path(run.path))]:
+    if out is not None and os.path.realpath(out) in [
+        os.path.realpath(p) for run in read for p in (run.path, protocol_path(run.path))
+    ]:
         raise InputError(f"--out {out} is one of the results, or its protocol", "Choose another file.")
     chosen = names.split(",") if names else ()
     comparison = compared(read, radii=opt.numbers(radii, "--radii"), names=chosen, allow_different=allow_different)

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="A file of torch.save, or a safetensors state dict.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A file of torch.save, or a safetensors state dict.", readable=False)],
     dataset: Annotated[str, typer.Option("--dataset", help="What it was trained on; see `rscli plugins`.")],
     sigma: Annotated[float, typer.Option("--sigma", help="Noise it was trained for, in [0, 1] pixels.")],
     arch: Annotated[
         str | None, typer.Option("--arch", help="Architecture; see `rscli plugins`.  [default: as the file says]")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Model file to write.")] = Path("model.safetensors"),
+    out: Annotated[Path, typer.Option("--out", help="Model file to write.", readable=False)] = Path("model.safetensors"),
     normalization: Annotated[
         str, typer.Option("--normalization", help="auto, dataset (the data set's), or none; what the file holds comes first.")
     ] = "auto",

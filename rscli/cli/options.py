@@ -12,7 +12,10 @@ import typer
 from rscli.errors import InputError
 
 DataDir = Annotated[
-    Path, typer.Option("--data-dir", envvar="RSCLI_DATA_DIR", help="Folder that holds the data sets.", show_default=True)
+    Path,
+    typer.Option(
+        "--data-dir", envvar="RSCLI_DATA_DIR", help="Folder that holds the data sets.", show_default=True, readable=False
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, ...")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a data set that is missing, if it can be fetched.")]

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="A model file, or its run folder.")],
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images, of any common format and size.")],
+    model: Annotated[Path, typer.Argument(help="A model file, or its run folder.", readable=False)],
+    images: Annotated[
+        list[Path], typer.Argument(help="Images, or folders of images, of any common format and size.", readable=False)
+    ],
     n: Annotated[int, typer.Option("--n", min=1, help="Monte Carlo samples per image.")] = 1000,
     n0: Annotated[int, typer.Option("--n0", min=1, help="Selection samples per image, with --certify.")] = 100,
     alpha: Annotated[float, typer.Option("--alpha", help="Failure probability of an answer, at most.")] = 0.001,

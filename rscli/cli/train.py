@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def train(
     preset: Annotated[str | None, typer.Option("--preset", help="Start from a row of a paper: see `rscli presets`.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="A TOML file of settings, above the preset.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A TOML file of settings, above the preset.", readable=False)
+    ] = None,
     sets: opt.Sets = None,
     _plugin: opt.PluginFiles = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
@@ -28,7 +30,8 @@ def train(
         str | None, typer.Option("--seeds", help="Several seeds one after the other, as 0,1,2: a run folder seedK for each.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder, or with --seeds where they go.  [default: runs/NAME/seedK]")
+        Path | None,
+        typer.Option("--out", help="Run folder, or with --seeds where they go.  [default: runs/NAME/seedK]", readable=False),
     ] = None,
     data_dir: opt.DataDir = opt.DATA_DIR,
     device: opt.Device = "auto",

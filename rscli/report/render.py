@@ -101,7 +101,8 @@ def _latex(comparison: Comparison) -> str:
 
 def _latex_table(table: Table) -> str:
     def line(cells: list[str]) -> str:
-        return f"    {' & '.join(cells)} \\\\"
+        guard = "{}" if cells[0].startswith(("[", "*")) else ""  # after \\ these would be options of the line break
+        return f"    {guard}{' & '.join(cells)} \\\\"
 
     return "\n".join(
         [

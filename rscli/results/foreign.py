@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +16,15 @@ from pathlib import Path
 from rscli.api import ABSTAIN
 from rscli.errors import InputError
 from rscli.results.rows import FIELD_COLUMNS, Row, cells_of, parse_row
+from rscli.runtime.files import check_regular, explained
 
 NEEDED = FIELD_COLUMNS[:-1]
 """No figure needs the time."""
 
 EXPECTED = f"A result file has columns separated by tabs, and a header with at least {' '.join(NEEDED)}."
+
+GIVEN_OPEN = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+"""Paths of what this process was started with, open."""
 
 SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "": "blanks"}
 
@@ -30,13 +35,18 @@ _TRUTH = {"true": "1", "false": "0"}
 
 
 def read_text(path: Path) -> tuple[str, list[str]]:
-    """The text of a result file, with line feeds, and notes of what was not plain about it. Raises `InputError`."""
+    """The text of a result file, with line feeds, and notes of what was not plain about it. Raises `InputError`.
+
+    A pipe is read only if this process was given it open, as a shell's `<(command)` does: any other may wait for ever.
+    """
     try:
+        if not os.path.abspath(path).startswith(GIVEN_OPEN):  # noqa: PTH100 - links are left as they are
+            check_regular(path)
         content = path.read_bytes()
     except FileNotFoundError as cause:
         raise InputError(f"there is no result file {path}", "`rscli certify` writes one.") from cause
     except OSError as cause:
-        raise InputError(f"the result file {path} cannot be read: {cause}") from cause
+        raise explained(cause, f"the result file {path} cannot be read") from cause
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = content.decode(encoding)

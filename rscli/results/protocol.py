@@ -19,6 +19,7 @@ from rscli.errors import InputError, PluginError
 from rscli.registry import installed
 from rscli.results.rows import LARGEST_COUNT
 from rscli.runtime.files import read_json, write_text, writing
+from rscli.text import json_text
 
 FORMAT = 2
 """From 2 on a protocol has a digest of its own content (`sha256`), and every part of a result names the digest."""
@@ -149,7 +150,7 @@ def claim(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
     if not beside.exists():
         mine = beside.with_name(f".{beside.name}.{secrets.token_hex(4)}.part")
         try:
-            write_text(mine, json.dumps(signed, indent=2, ensure_ascii=False) + "\n")
+            write_text(mine, json_text(signed) + "\n")
             _place(mine, beside)
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -40,6 +40,9 @@ ADVICE = {
 }
 """What to do about an error of the system, by its number."""
 
+LONGEST = 240
+"""Bytes of a name to which two dots, a token of eight and `.part` can be added: file systems allow 255."""
+
 OLD_SECONDS = 3600.0
 """A file that another machine was writing is taken for abandoned after this time without a change."""
 
@@ -130,7 +133,7 @@ def replacing(path: Path) -> Iterator[Path]:
         ):  # renaming would put a file in the place of a device: /dev/null, for root
             raise InputError(f"{path} is {_kind(mode)}, not a file to write to", "Name a file.")
         remove_abandoned(target)
-        beside = target.with_name(f".{target.name}.{_token(os.getpid())}.part")
+        beside = target.with_name(f"{_begin(target)}{_token(os.getpid())}.part")
         beside.unlink(missing_ok=True)  # of a process that had our number before us, as in a container
         os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
@@ -149,12 +152,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def remove_abandoned(path: Path) -> None:
     """Removes what processes that were killed while they replaced `path` left beside it; not what a live one is writing."""
-    begin, end = f".{path.name}.", ".part"
+    begin, end = _begin(path), ".part"
     with suppress(OSError):
         for beside in path.parent.iterdir():
             token = beside.name[len(begin) : -len(end)]
             if beside.name == f"{begin}{token}{end}" and len(token) == 8 and _abandoned(beside, token):
                 beside.unlink(missing_ok=True)
+
+
+def _begin(path: Path) -> str:
+    """How the name of a file beside `path` begins; a name too long to be added to stands there as its digest."""
+    name = os.fsencode(path.name)
+    return f".{path.name}." if len(name) <= LONGEST else f".{hashlib.sha256(name).hexdigest()[:32]}."
 
 
 def _abandoned(beside: Path, token: str) -> bool:

@@ -9,6 +9,7 @@ The checks of what comes back are beside the calls, where their meaning is known
 from __future__ import annotations
 
 import math
+import os
 from types import TracebackType
 from typing import Any, SupportsFloat
 
@@ -17,6 +18,7 @@ import torch
 from rscli.api import Certifier, Noise, Plugin
 from rscli.errors import PluginError, RscliError, reason
 from rscli.registry import origin_of
+from rscli.runtime.files import explained
 from rscli.runtime.memory import out_of_memory
 
 
@@ -41,7 +43,7 @@ def broken(plugin: Plugin, method: str, what: str) -> PluginError:
 class calling:  # noqa: N801  # reads as a phrase
     """While the body calls `method` of `plugin`: an exception that no user can act on becomes a `PluginError` that names it.
 
-    Our own errors, a lack of memory, and requests to stop pass through.
+    Our own errors, a lack of memory, and requests to stop pass through. What the system refuses is said in words.
     """
 
     __slots__ = ("method", "plugin")
@@ -59,6 +61,9 @@ class calling:  # noqa: N801  # reads as a phrase
             return
         if isinstance(error, RuntimeError) and out_of_memory(error):
             return
+        if isinstance(error, OSError) and error.errno is not None and isinstance(error.filename, str | bytes):
+            where = os.fsdecode(error.filename)
+            raise explained(error, f"{described(self.plugin)} cannot access {where}") from error
         raise PluginError(
             f"{described(self.plugin)} failed in {self.method}: {reason(error)}",
             "Report this to its author; --debug shows where it happened.",
