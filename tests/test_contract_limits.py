@@ -385,8 +385,8 @@ def test_a_label_that_is_not_that_of_the_data_is_found_on_resume(tmp_path):
     words = ["certify", str(tmp_path / "run"), "--n", "300", "--out", str(out), "-q"]
     assert CliRunner().invoke(app, [*words, "--max", "5"]).exit_code == 0
     lines = [line.split("\t") for line in out.read_text().splitlines()]
-    at = next(number for number, line in enumerate(lines) if number and line[2] == line[1])
-    lines[at][1] = lines[at][2] = str((int(lines[at][1]) + 1) % 10)
+    at, other = 1, next(str(label) for label in range(10) if str(label) not in lines[1][1:3])
+    lines[at][1:3] = [other, other if lines[at][2] == lines[at][1] else lines[at][2]]
     out.write_text("".join("\t".join(line) + "\n" for line in lines))
     answer = CliRunner().invoke(app, [*words, "--max", "6", "--resume"])
     assert answer.exit_code == 2

@@ -90,13 +90,13 @@ def number(plugin: Plugin, method: str, what: str, value: Any) -> float:
 
 
 def largest_p_a(certifier: Certifier, n: int) -> float:
-    """The largest lower bound that `n` samples can give, as the certifier says, in [0, 1)."""
+    """The largest lower bound that `n` samples can give, as the certifier says: below 1, and 0 where they can prove nothing."""
     with calling(certifier, "largest_p_a"):
         largest = certifier.largest_p_a(n)
     found = number(certifier, "largest_p_a", "a bound", largest)
-    if not 0 <= found < 1:
-        raise broken(certifier, "largest_p_a", f"gave {found} for {n} samples, which must be in [0, 1)")
-    return found
+    if found >= 1:
+        raise broken(certifier, "largest_p_a", f"gave {found} for {n} samples, which must be below 1")
+    return max(found, 0.0)
 
 
 def whole(plugin: Plugin, method: str, what: str, value: Any, least: int, most: int) -> int:

@@ -172,7 +172,8 @@ def _decisive(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     callbacks = {name: fields for name, fields in (config.get("callbacks") or {}).items() if not _looks_on(name)}
-    return {**{key: value for key, value in config.items() if key not in GROUPS}, "callbacks": callbacks}
+    kept = {key: value for key, value in config.items() if key not in GROUPS}
+    return {**kept, "callbacks": callbacks} if callbacks else kept
 
 
 def _looks_on(callback: str) -> bool:
