@@ -92,11 +92,11 @@ def test_the_networks_that_crashed_train(tmp_path, arch):
 
 CRASHING = """
 import os, signal, sys
-from rscli.training import train
+from rscli.training.run import TrainingRun
 number = int(sys.argv.pop())
 def crash(*_, **__):
     os.kill(os.getpid(), number)
-train._run = crash
+TrainingRun.complete = crash
 from rscli.cli.app import main
 main()
 """

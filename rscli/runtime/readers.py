@@ -53,7 +53,10 @@ def read(loader: DataLoader[T]) -> Generator[T]:
             except StopIteration:
                 return
             except Exception as cause:  # of many kinds, as the connection to a process that dies breaks off here or there
-                wait([worker.sentinel for worker in workers], timeout=1)  # its connections end before the process does
+                ended = wait([worker.sentinel for worker in workers], timeout=1)  # its connections end before the process does,
+                for worker in workers:
+                    if worker.sentinel in ended:
+                        worker.join(timeout=1)  # and its sentinel before the system knows its exit code
                 died = [worker for worker in workers if worker.exitcode]
                 if not died:
                     raise
