@@ -31,6 +31,7 @@ from rscli.results.protocol import claim, read_protocol
 from rscli.results.reader import read_results
 from rscli.text import encodable, json_text, one_line, same_name, visible
 from rscli_core.datasets.imagefolder import ImageFolder
+from rscli_core.datasets.imagenet import ImageNet
 
 HOSTILE = {
     "latin-1": "caf\udce9",
@@ -238,6 +239,15 @@ def test_a_class_is_the_same_however_its_accents_are_kept(tmp_path, name, train,
     assert spec.sizes == {"train": 2, "test": 2}
     files = dataset.load("test", tmp_path)
     assert [path.parent.name for path in files.paths] == [other if each != "dog" else "dog" for each in spec.class_names]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_imagenet_finds_the_images_of_a_class_however_its_accents_are_kept(tmp_path, form):
+    name = unicodedata.normalize(form, "café")
+    folder(tmp_path, {"train": [name, "dog"], "val": [name, "dog"]})
+    dataset = ImageNet(classes=2)
+    assert [finding.ok for finding in dataset.check(tmp_path)] == [True]
+    assert [path.parent.name for path in dataset.load("test", tmp_path).paths] == [name, "dog"]
 
 
 def test_two_folders_for_one_class_are_refused(tmp_path):

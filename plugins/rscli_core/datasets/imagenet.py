@@ -13,6 +13,7 @@ from rscli.api import (
     FileImages,
     Finding,
     Transform,
+    class_folder,
     class_folders,
     has_images,
     loose_images,
@@ -93,7 +94,7 @@ class ImageNet(Dataset):
             text = f"{folder.name}/ has {count(len(classes), 'class folder')}, and {self.classes:,} are expected"
             hint = f"Complete it; or, for a subset, say so: --set data.classes={len(classes)}."
             found.append(Finding(False, text, hint))
-        if empty := [name for name in classes if not has_images(folder / name)]:
+        if empty := [name for name in classes if not has_images(class_folder(folder, name))]:
             text = f"{count(len(empty), 'class folder')} of {folder.name}/ without images: {name_some(empty)}"
             found.append(Finding(False, text, "Unpack the images of each, or remove the folder from train/ and val/."))
         return found
