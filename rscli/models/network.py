@@ -40,7 +40,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The normalised images, of the same shape."""
+        """`images` (batch, channel, height, width) normalised by channel, of the same shape."""
         return (images - self.mean) / self.std
 
 

@@ -74,7 +74,7 @@ class CertifierRequest:
         return self.n0 if self.plan is None else self.n0 + self.plan.looks[self._look]
 
     def image(self) -> Tensor:
-        """The image, loaded when its first samples are drawn."""
+        """The image (channel, height, width), loaded when its first samples are drawn."""
         return self.load()
 
     def receive(self, counts: Counts) -> bool:
