@@ -159,9 +159,26 @@ class Position:
     lr_factor: float = 1.0
 
 
+class Draws(ABC):
+    """Random numbers for the images of a step. An image is given the same ones however the images of an optimiser step are
+    shared between processes or micro-batches. Every call draws anew.
+    """
+
+    @abstractmethod
+    def noise(self, m: int) -> Tensor:
+        """Noise (m, batch, channel, height, width) of the run's smoothing distribution."""
+
+    @abstractmethod
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers (batch, *shape) in [0, 1), float32."""
+
+
 @dataclass(eq=False)
 class TrainStep:
     """What a loss or an attack may look at in one optimiser step.
+
+    With several processes, or micro-batches, these are a part of the step's images: the terms must be means over the images,
+    of which the host takes the mean over all of them.
 
     `images` (batch, channel, height, width) in [0, 1], as the attack left them, and `clean`, as the data set gave them;
     `labels` (batch,) int64, and `indices` (batch,) int64: each image's place in the training split (on the CPU).
@@ -169,7 +186,8 @@ class TrainStep:
     `extra` holds tensors by name that an attack adds for the loss. `state` holds what `Loss.setup` prepared; the loss may
     change its tensors in place. `networks` holds those of `Loss.networks`.
 
-    Everything random must come from `generator` (on the device of the images), so that a resumed run repeats it.
+    Everything random must come from `draw` and `rand`, which give every image numbers of its own, or from `generator` (on the
+    device of the images), whose numbers are the same in every process: so a resumed run repeats it.
     """
 
     model: nn.Module
@@ -184,6 +202,8 @@ class TrainStep:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
     networks: Mapping[str, nn.Module] = field(default_factory=dict)
+    draws: Draws | None = None
+    """Where `draw` and `rand` get their numbers; None: from `generator`."""
 
     @property
     def sigma(self) -> float:
@@ -201,8 +221,18 @@ class TrainStep:
         return self.smoothing.apply(images, self.noise if noise is None else noise)
 
     def draw(self, m: int) -> Tensor:
-        """Fresh noise (m, batch, channel, height, width) from the step's generator."""
+        """Fresh noise (m, batch, channel, height, width)."""
+        if self.draws is not None:
+            return self.draws.noise(m)
         return self.smoothing.sample((m, *self.images.shape), generator=self.generator, device=self.images.device)
+
+    def rand(self, *shape: int) -> Tensor:
+        """Fresh uniform numbers (batch, *shape) in [0, 1), float32, on the device of the images."""
+        if self.draws is not None:
+            return self.draws.uniform(*shape)
+        import torch
+
+        return torch.rand(len(self.labels), *shape, generator=self.generator, device=self.images.device)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -771,6 +801,7 @@ __all__ = [
     "DataSpec",
     "Dataset",
     "Decision",
+    "Draws",
     "FileImages",
     "Finding",
     "ImageListing",

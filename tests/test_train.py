@@ -347,8 +347,8 @@ def test_training_on_attacked_images_is_training_on_what_the_attack_returned(tmp
     made, moved = trainer(settings(**sets, **smooth), tmp_path), []
     monkeypatch.setattr("rscli.training.trainer.attacked", lambda *a: moved.append(attacked(*a)) or moved[0])
     images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
-    made._step(Batch(images, labels, labels), 0, Position())
-    plain._step(Batch(moved[0].images, labels, labels), 0, Position())
+    made._step(Batch(images, labels, labels, 0, 0, 0, 8), Position())
+    plain._step(Batch(moved[0].images, labels, labels, 0, 0, 0, 8), Position())
     assert attack == "ddn" or not torch.equal(moved[0].images, images)  # DDN stays where an untrained network is wrong already
     ours, theirs = made.classifier.state_dict(), plain.classifier.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -361,7 +361,7 @@ def test_the_attack_and_the_loss_see_the_same_noise(tmp_path, monkeypatch):
     Recording.seen = []
     monkeypatch.setattr("rscli.training.trainer.attacked", lambda attack, step: seen.append(step) or attacked(attack, step))
     images, labels = torch.rand(4, 1, 28, 28), torch.arange(4)
-    trainer(resolved, tmp_path)._step(Batch(images, labels, labels), 0, Position())
+    trainer(resolved, tmp_path)._step(Batch(images, labels, labels, 0, 0, 0, 4), Position())
     (before,), (after,) = seen, Recording.seen
     assert before.noise.data_ptr() == after.noise.data_ptr()
     assert (before.labels is labels, after.labels is labels) == (True, True)

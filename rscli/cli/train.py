@@ -39,6 +39,14 @@ def train(
         bool | None,
         typer.Option("--channels-last/--contiguous", help="Memory layout.  [default: channels-last, where that is safe]"),
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp32, tf32 (CUDA), bf16 or fp16.  [default: as configured, or fp32]")
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option("--micro-batch", min=1, help="Most images of a step in one forward: less memory, the same gradient."),
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
     workers: opt.Workers = opt.WORKERS,
     download: opt.Download = False,
     resume: opt.Resume = False,
@@ -62,26 +70,32 @@ def train(
         rscli train --preset mnist-cons-0.5 --seeds 0,1,2
 
         rscli train --preset imagenet-cons-0.5 --dry-run
+
+        torchrun --nproc-per-node 8 -m -- rscli train --preset imagenet-cons-0.5 --precision bf16
     """
     from rscli.cli.output import emit_json, listener
     from rscli.config.layers import resolve
+    from rscli.runtime.torchrun import launched
     from rscli.training.train import TrainOptions
     from rscli.training.train import train as run
 
     chosen = _seeds(seeds, seed)
-    every = [resolve(preset=preset, config_file=config, sets=sets or (), flags={"seed": one}) for one in chosen]
+    flags = {"precision": precision, "micro_batch": micro_batch}
+    every = [resolve(preset=preset, config_file=config, sets=sets or (), flags={**flags, "seed": one}) for one in chosen]
     how = TrainOptions(
         out=out or Path("runs") / _name(every[0], preset),
         data_dir=data_dir,
         device=device,
         workers=workers,
         channels_last=channels_last,
+        compile=compile,
         resume=resume,
         download=download,
     )
     alone = out is not None and seeds is None  # --out is the run folder itself
     runs = [(one, how if alone else replace(how, out=how.out / f"seed{one.config.seed}")) for one in every]
-    progress = listener(quiet)
+    first = launched().rank == 0  # of the processes that torchrun started; it speaks for all
+    progress = listener(quiet or not first)
     for note in every[0].notes:
         progress.note(note)
     if dry_run:
@@ -96,7 +110,7 @@ def train(
         model = run(resolved, options, progress)
         progress.note(f"model: {model}")
         answers.append({"model": str(model), "folder": str(options.out)})
-    if json:
+    if json and first:
         emit_json(answers[0] if seeds is None else {"runs": answers})
 
 

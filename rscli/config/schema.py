@@ -6,7 +6,7 @@ fields there are, so here they are plain tables; everything else is written down
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -43,6 +43,19 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="what every random number of the run is derived from")
     chunk: bool | None = Field(
         None, description="split a batch into m chunks, each with its own optimiser step; left out: as the loss wants"
+    )
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "fp32", description="precision of the forwards and their gradients; weights, losses and optimiser stay in fp32"
+    )
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="most images of an optimiser step in one forward; left out: all. Batch normalisation sees these alone",
+        json_schema_extra=unit("images"),
+    )
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; longer ones are shortened to it")
+    sync_batch_norm: bool = Field(
+        True, description="whether several processes share the statistics of batch normalisation, as if they were one"
     )
     data: dict[str, Any] = Field(description="the data set")
     arch: dict[str, Any] = Field(description="the architecture")

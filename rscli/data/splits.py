@@ -66,13 +66,25 @@ def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, down
 
 
 class Batch(NamedTuple):
-    """Images of a training batch: float32 (b, channel, height, width) in [0, 1]; their labels, int64 (b,); and their places in
-    the split, int64 (b,), on the CPU.
+    """One process's images of an optimiser step: float32 (b, channel, height, width) in [0, 1]; their labels, int64 (b,); and
+    their places in the split, int64 (b,), on the CPU.
+
+    The step is chunk `chunk` of batch `number` of the epoch, both from 0, and has `size` images over all processes, of which
+    these are those from place `first` on.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    number: int
+    chunk: int
+    first: int
+    size: int
+
+    def part(self, begin: int, end: int) -> Batch:
+        """The images from row `begin` of these to row `end`."""
+        images, labels, indices = (each[begin:end] for each in (self.images, self.labels, self.indices))
+        return self._replace(images=images, labels=labels, indices=indices, first=self.first + begin)
 
 
 # --- splits ------------------------------------------------------------------------------------------------------------------
@@ -115,34 +127,64 @@ class Split(ABC):
 
     @abstractmethod
     def batches(
-        self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch: int,
+        device: torch.device | str,
+        start: int = 0,
+        chunks: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> Generator[Batch]:
-        """The augmented training batches of an epoch, on `device`.
+        """The augmented training images of an epoch, on `device`: an item for each optimiser step.
 
-        Every image comes once, in an order that depends on `seed` and `epoch` alone. The first `start` batches are skipped
-        without being read. Each of `world` processes gets its `rank`-th slice of every batch of `batch` images: slices differ
-        by one image at most, and may be empty when fewer images than processes are left for the last batch.
+        Every image comes once, in an order that depends on `seed` and `epoch` alone, in batches of `batch`, each in at most
+        `chunks` chunks of equal size (the last possibly smaller: `torch.chunk`). The first `start` batches are skipped without
+        being read. Each of `world` processes gets its `rank`-th slice of every chunk; slices differ by one image at
+        most. Where a chunk has fewer images than there are processes, each gets the whole of it: nobody goes without.
         """
 
-    def _parts(self, *, seed: int, epoch: int, batch: int, start: int, rank: int, world: int) -> list[_Part]:
-        """What one process reads of each batch, from batch `start` on."""
+    def _parts(self, *, seed: int, epoch: int, batch: int, start: int, chunks: int, rank: int, world: int) -> list[_Part]:
+        """What one process reads of each optimiser step, from batch `start` on."""
         order = torch.randperm(len(self), generator=generator("cpu", seed, "order", epoch))
         parts = []
         for number in range(start, self.steps(batch)):
             whole = order[number * batch : (number + 1) * batch]
-            rows = slice(rank * len(whole) // world, (rank + 1) * len(whole) // world)
-            parts.append(_Part(number, len(whole), rows, whole[rows]))
+            at = 0
+            for chunk, indices in enumerate(whole.chunk(chunks)):
+                size = len(indices)
+                first, end = (0, size) if size < world else (rank * size // world, (rank + 1) * size // world)
+                parts.append(_Part(number, chunk, len(whole), at, size, first, indices[first:end]))
+                at += size
         return parts
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One process's slice of a batch: the batch's number and size, the rows of the slice, and the images in it."""
+    """What one process reads for an optimiser step: chunk `chunk` of batch `number`, which has `batch` images.
+
+    The chunk begins at row `begin` of the batch and has `size` images; `indices` are those from place `first` of the chunk on.
+    """
 
     number: int
+    chunk: int
+    batch: int
+    begin: int
     size: int
-    rows: slice
+    first: int
     indices: Tensor
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the batch that `indices` are."""
+        begin = self.begin + self.first
+        return slice(begin, begin + len(self.indices))
+
+    def of(self, images: Tensor, labels: Tensor) -> Batch:
+        """The item with these `images` (b, channel, height, width) and `labels` (b,)."""
+        return Batch(images, labels, self.indices, self.number, self.chunk, self.first, self.size)
 
 
 class MemorySplit(Split):
@@ -179,19 +221,28 @@ class MemorySplit(Split):
             yield indices, to_unit(self._images[indices])
 
     def batches(
-        self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch: int,
+        device: torch.device | str,
+        start: int = 0,
+        chunks: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> Generator[Batch]:
         """See `Split.batches`. Augmentations are keyed by the batch's number."""
         images, labels = self._on(torch.device(device))
         change = self.spec.augmentation
-        for part in self._parts(seed=seed, epoch=epoch, batch=batch, start=start, rank=rank, world=world):
+        for part in self._parts(seed=seed, epoch=epoch, batch=batch, start=start, chunks=chunks, rank=rank, world=world):
             indices = part.indices.to(images.device, non_blocking=True)
             taken = images[indices]
             if moves_images(change):
                 # Drawn for the whole batch, so that an image is moved alike however many processes share the batch.
-                moves = draw_moves(part.size, change, generator("cpu", seed, "augment", epoch, part.number))
+                moves = draw_moves(part.batch, change, generator("cpu", seed, "augment", epoch, part.number))
                 taken = apply_moves(taken, change.padding, Moves(*(each[part.rows] for each in moves)))
-            yield Batch(to_unit(taken), labels[indices], part.indices)
+            yield part.of(to_unit(taken), labels[indices])
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._moved[0].device != device:
@@ -242,17 +293,26 @@ class FileSplit(Split):
         return to_unit(load_image(self.path(index), self.spec.test_transform))
 
     def batches(
-        self, *, seed: int, epoch: int, batch: int, device: torch.device | str, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch: int,
+        device: torch.device | str,
+        start: int = 0,
+        chunks: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> Generator[Batch]:
         """See `Split.batches`. Augmentations are keyed by the image's index."""
         device = torch.device(device)
-        parts = self._parts(seed=seed, epoch=epoch, batch=batch, start=start, rank=rank, world=world)
+        parts = self._parts(seed=seed, epoch=epoch, batch=batch, start=start, chunks=chunks, rank=rank, world=world)
         reader = _Reader(self._paths, self.spec.test_transform, self.spec.augmentation, (seed, "augment", epoch))
         wanted = [part.indices.numpy() for part in parts]
         with closing(self._read(reader, wanted, pin=device.type == "cuda")) as pixels:
             for part, images in zip(parts, pixels, strict=True):
                 labels = torch.from_numpy(self.labels[part.indices.numpy()])
-                yield Batch(to_unit(images.to(device, non_blocking=True)), labels.to(device), part.indices)
+                yield part.of(to_unit(images.to(device, non_blocking=True)), labels.to(device))
 
     def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Split.in_order`; read by the workers."""

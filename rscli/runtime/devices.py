@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -47,10 +47,10 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raises `InputError` unless `precision` is one of fp32, tf32 and bf16 that `device` has. TF32 exists on CUDA only."""
-    if precision not in PRECISIONS:
-        raise InputError(f"precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}")
+def check_precision(precision: str, device: torch.device, known: Sequence[str] = PRECISIONS) -> None:
+    """Raises `InputError` unless `precision` is one of the `known` that `device` has. TF32 exists on CUDA only."""
+    if precision not in known:
+        raise InputError(f"precision is {precision!r}, but must be one of {', '.join(known)}")
     if precision == "tf32" and device.type != "cuda":
         raise InputError(f"precision tf32 exists on CUDA devices only, not on {device.type}", "Use fp32 or bf16.")
 
@@ -62,13 +62,20 @@ def precision_scope(precision: str, device: torch.device) -> Iterator[None]:
     fp32 means it: TF32 is switched off meanwhile, also where a library had switched it on.
     """
     check_precision(precision, device)
+    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    with tf32_only_if(precision == "tf32", device), autocast:
+        yield
+
+
+@contextmanager
+def tf32_only_if(wanted: bool, device: torch.device) -> Iterator[None]:
+    """While the body runs, products on a CUDA `device` use TF32 if it is `wanted`, and only then."""
     flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if device.type == "cuda" else ()
     before = [flag.allow_tf32 for flag in flags]
     try:
         for flag in flags:
-            flag.allow_tf32 = precision == "tf32"
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
-            yield
+            flag.allow_tf32 = wanted
+        yield
     finally:
         for flag, allowed in zip(flags, before, strict=True):
             flag.allow_tf32 = allowed

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rscli.api import TrainStep
 from rscli.errors import RscliError
 
 INTERVAL = 16
@@ -17,30 +16,32 @@ INTERVAL = 16
 
 
 class Meter:
-    """Sums of the loss, its terms and the accuracy under noise, weighted by images; stops the run when they are not finite."""
+    """Sums of the loss, its terms and the accuracy under noise, weighted by images; stops the run when they are not finite.
+
+    `over_processes` gives the sum of a table of scalars over all processes; each adds its part of a step's figures.
+    """
 
     def __init__(
-        self, state: dict[str, Any] | None = None, on_figures: Callable[[Mapping[str, Any]], None] | None = None
+        self,
+        state: dict[str, Any] | None = None,
+        on_figures: Callable[[Mapping[str, Any]], None] | None = None,
+        over_processes: Callable[[Tensor], Tensor] = lambda table: table,
     ) -> None:
         state = state or {"sums": {}, "images": 0}
-        self._on_figures = on_figures
+        self._on_figures, self._over_processes = on_figures, over_processes
         self.sums: dict[str, float] = dict(state["sums"])
         self.images: int = state["images"]
         self._counted: int = state["images"]
         self._waiting: list[tuple[dict[str, Any], int, list[str], Tensor]] = []
 
-    def add(self, terms: dict[str, Tensor], loss: Tensor, step: TrainStep, *, where: dict[str, Any]) -> None:
-        """Remembers one step's scalars, and `where` it was: epoch, batch, chunk (from 1) and lr.
+    def add(self, values: Mapping[str, Tensor], images: int, *, where: dict[str, Any]) -> None:
+        """Remembers this process's part of the figures of a step on `images` in all, scalars by name, and `where` it was:
+        epoch, batch, chunk (from 1) and lr.
 
         Raises `RscliError` (at a reading) with the first step that was not finite.
         """
-        values = {"loss": loss, **terms}
-        if "noisy_logits" in step.__dict__:  # only if the loss asked for them: no forward just for the meter
-            right = step.noisy_logits.argmax(-1) == step.labels
-            values["accuracy"] = right.float().mean()
-        row = torch.stack([value.detach().float() for value in values.values()])
-        self.images += len(step.labels)
-        self._waiting.append((where, len(step.labels), list(values), row))
+        self.images += images
+        self._waiting.append((where, images, list(values), torch.stack(list(values.values()))))
         if len(self._waiting) >= INTERVAL:
             self.flush()
 
@@ -49,7 +50,7 @@ class Meter:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
-        table = torch.cat([row for *_, row in waiting]).tolist()
+        table = self._over_processes(torch.cat([row for *_, row in waiting])).tolist()
         position = 0
         for where, images, names, row in waiting:
             values = dict(zip(names, table[position : position + len(row)], strict=True))

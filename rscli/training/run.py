@@ -20,7 +20,6 @@ from rscli.runtime.guard import broken, calling
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest
 from rscli.smoothing.classifier import SmoothedClassifier
-from rscli.training.metrics import Meter
 from rscli.training.run_folder import RunFolder
 from rscli.training.trainer import Trainer
 
@@ -41,7 +40,7 @@ class TrainingRun(Run):
         self.spec = trainer.split.spec
         self.folder, self.model, self.noise = folder.path, trainer.classifier, trainer.resolved.noise
         self.epochs, self.config = trainer.config.epochs, trainer.resolved.as_dict()
-        self.callbacks: dict[str, Callback] = trainer.resolved.callbacks
+        self.callbacks: dict[str, Callback] = trainer.resolved.callbacks if trainer.processes.first else {}
         self.states: dict[str, dict[str, Any]] = {name: {} for name in self.callbacks}
         """What callbacks keep, by their names."""
         self._line: dict[str, Any] = {}
@@ -94,10 +93,11 @@ class TrainingRun(Run):
         """Trains to the end. Raises `Stopped` when asked to stop; the state is saved."""
         trainer = self.trainer
         with ExitStack() as open_logs:
-            logs = [self._opened(logger, open_logs) for logger in trainer.resolved.loggers.values()]
+            loggers = trainer.resolved.loggers.values() if trainer.processes.first else ()
+            logs = [self._opened(logger, open_logs) for logger in loggers]
             if any(type(log).write_step is not LogWriter.write_step for _, log in logs):
                 trainer.on_figures = partial(self._write_step, logs)
-                trainer.meter = Meter(trainer.meter.state(), trainer.on_figures)
+                trainer.meter = trainer.new_meter(trainer.meter.state())
             self._call("begin")
             trainer.after_step = partial(self._call, "after_step")
             total = self.batches * self.epochs
@@ -108,9 +108,7 @@ class TrainingRun(Run):
                 for logger, log in logs:
                     with calling(logger, "write"):
                         log.write(line)
-                self._save_if_wanted()
-                if self.stop.requested and self.epoch < self.epochs:
-                    self._end_here()
+                self._heed(saving_only=self.epoch == self.epochs)
             self._call("end")
 
     def _one_epoch(self) -> dict[str, Any]:
@@ -124,9 +122,7 @@ class TrainingRun(Run):
                 figures = {"epoch": str(trainer.epoch + 1), **trainer.meter.figures(), "images/s": f"{speed:.0f}"}
                 progress.update(done, figures)
                 if trainer.batch < trainer.batches:
-                    self._save_if_wanted()
-                    if self.stop.requested:
-                        self._end_here()
+                    self._heed()
         line = {"epoch": trainer.epoch + 1, "lr": trainer.last_lr, **trainer.meter.means()}
         trainer.epoch, trainer.batch, trainer.meter = trainer.epoch + 1, 0, trainer.new_meter()
         self._call("after_epoch")
@@ -151,18 +147,23 @@ class TrainingRun(Run):
             with calling(callback, moment):
                 getattr(callback, moment)(self, self.states[name])
 
-    def _save_if_wanted(self) -> None:
-        if self._save_wanted:
+    def _heed(self, saving_only: bool = False) -> None:
+        """Saves, or stops, if that was asked of any process. Raises `Stopped`; the state is saved."""
+        processes = self.trainer.processes
+        stop, save = processes.any([self.stop.requested and not saving_only, self._save_wanted])
+        if stop or save:
             self._save()
+        if stop:
+            processes.wait()  # for the first one to have written
+            self._end_here()
 
     def _save(self) -> None:
         self.trainer.meter.flush()
-        self._folder.save({**self.trainer.state(), "callbacks": self.states, "line": self._line})
+        if self.trainer.processes.first:
+            self._folder.save({**self.trainer.state(), "callbacks": self.states, "line": self._line})
         self._save_wanted = False
 
     def _end_here(self) -> None:
-        """Saves, and raises `Stopped`."""
-        self._save()
         where = f"epoch {self.epoch + 1}, batch {self.batch}"
         hint = "The same command with --resume goes on from there."
         raise Stopped(f"stopped as asked, at {where}; saved in {self.folder}", hint, exit_code=self.stop.exit_code)

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from rscli import __version__
 from rscli.api import DataSpec
 from rscli.config.layers import Resolved
 from rscli.config.schema import steps_per_epoch
-from rscli.data.splits import open_split, spec_of
+from rscli.data.splits import Split, open_split, spec_of
 from rscli.errors import InputError, Stopped
 from rscli.models.card import ModelCard
 from rscli.models.modelfile import save_model, tensor_digest
 from rscli.models.network import parameter_count
 from rscli.plugin_files import from_file
-from rscli.runtime.devices import environment, pick_device
+from rscli.runtime.devices import environment, pick_device, slow_bf16
 from rscli.runtime.guard import calling
 from rscli.runtime.memory import enough_memory
-from rscli.runtime.progress import Progress
+from rscli.runtime.progress import Progress, Silent
 from rscli.runtime.signals import StopRequest, stop_requests
-from rscli.runtime.torchrun import world_size
 from rscli.training.checkpoint import fitting
 from rscli.training.context import SetupContext
 from rscli.training.minimum_batch import check_single_image_batches
+from rscli.training.processes import Processes, joined
 from rscli.training.run import TrainingRun
 from rscli.training.run_folder import RunFolder
 from rscli.training.trainer import Trainer, initial_classifier
@@ -47,6 +50,7 @@ class TrainOptions:
     device: str = "auto"
     workers: int = 4
     channels_last: bool | None = None
+    compile: bool = False
     resume: bool = False
     download: bool = False
 
@@ -88,61 +92,131 @@ def _check_copies(resolved: Resolved) -> None:
 
 
 def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path:
-    """Trains, or continues a run; returns the path of the model file.
+    """Trains, or continues a run; returns the path of the model file. Under torchrun, each process does its part.
 
     Raises `InputError` for data or a run folder that do not fit, `Stopped` when asked to stop (the state is saved), and
     `RscliError` when the loss is no longer finite.
     """
-    if world_size() > 1:
-        hint = "Start it without torchrun. Certification is what torchrun can share between processes."
-        raise InputError("rscli train runs in one process", hint)
+    _check_copies(resolved)
     with stop_requests() as stop:
-        model = _train(resolved, options, progress, stop)
-    if stop.requested:
-        raise Stopped(f"stopped as asked, when {model} was just finished", exit_code=stop.exit_code)
+        device = pick_device(options.device)
+        processes = joined(stop, progress.note, device)
+        with processes.failing_together():
+            model = _Training(resolved, options, progress if processes.first else Silent(), stop, device, processes).complete()
+            if stop.requested:
+                raise Stopped(f"stopped as asked, when {model} was just finished", exit_code=stop.exit_code)
     return model
 
 
-def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: StopRequest) -> Path:
-    _check_copies(resolved)
-    device = pick_device(options.device)
-    spec = spec_of(resolved.dataset, options.data_dir)
-    split = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)
-    if split.note:
-        progress.warn(split.note)
-    trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
-    check_single_image_batches(resolved, trainer.classifier, spec, len(split))
-    folder = RunFolder(options.out)
-    files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
-    record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
-    state = folder.open(record, trainer.data, resume=options.resume)
-    if state is not None and folder.model.exists() and state["epoch"] >= resolved.config.epochs:
-        progress.note(f"{folder.model} is finished already")
-        return folder.model
-    more = partial(open_split, resolved.dataset, spec, root=options.data_dir, workers=options.workers)
-    run = TrainingRun(trainer, folder, more, progress, stop)
-    context = SetupContext(split, resolved.noise, device, resolved.config.seed, progress, stop)
-    with calling(resolved.loss, "networks"):
-        trainer.networks = {name: network.to(device) for name, network in resolved.loss.networks(context).items()}
-    if state is None:
-        with calling(resolved.loss, "setup"), enough_memory(device, "what the loss prepares", TOO_LARGE):
-            trainer.loss_state = {name: tensor.to(device) for name, tensor in resolved.loss.setup(context).items()}
-        folder.start(record, environment(device))
-    else:
+class _Training:
+    """One run, from its data to its model file."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        options: TrainOptions,
+        progress: Progress,
+        stop: StopRequest,
+        device: torch.device,
+        processes: Processes,
+    ) -> None:
+        self.resolved, self.options, self.progress, self.stop = resolved, options, progress, stop
+        self.device, self.processes, self.folder = device, processes, RunFolder(options.out)
+        files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
+        self.record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
+
+    def complete(self) -> Path:
+        """Trains to the end, and writes the model file."""
+        self._warn_of_slow_bf16()
+        split = self._open_split()
+        trainer = Trainer(
+            self.resolved,
+            split.spec,
+            split,
+            self.device,
+            channels_last=self.options.channels_last,
+            compile=self.options.compile,
+            processes=self.processes,
+        )
+        check_single_image_batches(self.resolved, trainer.classifier, split.spec, len(split))
+        state, finished = self._found(trainer)
+        if finished:
+            self.progress.note(f"{self.folder.model} is finished already")
+            return self.folder.model
+        more = partial(open_split, self.resolved.dataset, split.spec, root=self.options.data_dir, workers=self.options.workers)
+        run = TrainingRun(trainer, self.folder, more, self.progress, self.stop)
+        self._prepare(trainer, run, state)
+        size = math.ceil(self.resolved.config.batch / trainer.chunks / self.processes.world)
+        size = min(size, self.resolved.config.micro_batch or size)
+        copies = f"a forward of {size} images with {self.resolved.loss.m} noisy copies each"
+        at_work = self.folder.at_work(self.progress) if self.processes.first else nullcontext()
+        with at_work, enough_memory(self.device, copies, TOO_LARGE):
+            run.complete()
+        if self.processes.first:
+            save_model(self.folder.model, trainer.classifier, model_card(self.resolved, split.spec, trainer.loss_state))
+        self.processes.wait()
+        return self.folder.model
+
+    def _open_split(self) -> Split:
+        """The training images; if they must be fetched, the first process does it while the others wait."""
+        options = self.options
+        spec = spec_of(self.resolved.dataset, options.data_dir)
+
+        def opened(download: bool) -> Split:
+            return open_split(
+                self.resolved.dataset, spec, "train", options.data_dir, download=download, workers=options.workers
+            )
+
+        if not self.processes.first:
+            self.processes.wait()
+            return opened(False)
+        split = opened(options.download)
+        self.processes.wait()
+        if split.note:
+            self.progress.warn(split.note)
+        return split
+
+    def _found(self, trainer: Trainer) -> tuple[dict[str, Any] | None, bool]:
+        """The checkpoint to go on from, if any, and whether the run is finished already; a new run has begun then."""
+        state = None
+        if self.processes.first:
+            state = self.folder.open(self.record, trainer.data, resume=self.options.resume)
+        state = self.processes.share(state)
+        finished = state is not None and self.folder.model.exists() and state["epoch"] >= self.resolved.config.epochs
+        return state, self.processes.share(finished)
+
+    def _prepare(self, trainer: Trainer, run: TrainingRun, state: dict[str, Any] | None) -> None:
+        """What the loss needs, and the state of a run that goes on; a new run begins here."""
+        loss, device = self.resolved.loss, self.device
+        context = SetupContext(trainer.split, self.resolved.noise, device, self.resolved.config.seed, self.progress, self.stop)
+        with calling(loss, "networks"):
+            trainer.networks = {name: network.to(device) for name, network in loss.networks(context).items()}
+        if state is None:
+            prepared: dict[str, Tensor] = {}
+            if self.processes.first:
+                with calling(loss, "setup"), enough_memory(device, "what the loss prepares", TOO_LARGE):
+                    prepared = {name: tensor.cpu() for name, tensor in loss.setup(context).items()}
+                self.folder.start(self.record, self._environment())
+            trainer.loss_state = {name: tensor.to(device) for name, tensor in self.processes.share(prepared).items()}
+            return
         if "data" not in state:
-            progress.note(f"{folder.checkpoint} is of an older version: whether it is intact, and of this data, cannot be told")
-        with fitting(folder.checkpoint):
+            text = f"{self.folder.checkpoint} is of an older version: whether it is intact, and of this data, cannot be told"
+            self.progress.note(text)
+        with fitting(self.folder.checkpoint):
             trainer.restore(state)
             run.restore(state)
-        progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
-    size = math.ceil(resolved.config.batch / trainer.chunks)
-    with (
-        folder.at_work(progress),
-        enough_memory(device, f"a step of {size} images with {resolved.loss.m} noisy copies each", TOO_LARGE),
-    ):
-        run.complete()
-    save_model(folder.model, trainer.classifier, model_card(resolved, spec, trainer.loss_state))
-    return folder.model
+        self.progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
+
+    def _environment(self) -> dict[str, Any]:
+        """What the figures of the run may depend on besides its configuration."""
+        return {**environment(self.device), "processes": self.processes.world, "compiled": self.options.compile}
+
+    def _warn_of_slow_bf16(self) -> None:
+        if self.resolved.config.precision in ("bf16", "fp16") and slow_bf16(self.device):
+            self.progress.warn(
+                f"{self.resolved.config.precision} is emulated on this processor, and many times slower than fp32: "
+                "leave --precision out, or use a GPU"
+            )
 
 
 def model_card(resolved: Resolved, spec: DataSpec, loss_state: Mapping[str, Tensor]) -> ModelCard:

@@ -1,33 +1,35 @@
 """The state of a training run, and its optimiser steps: noisy copies, an optional attack, a loss, a step.
 
-Every random draw has a key made of the seed, the epoch, the batch and the chunk (`rscli.runtime.seeds`), so a run
-stopped between two batches continues exactly where it was.
+Every random draw has a key made of the seed, the epoch, the batch and the chunk (`rscli.runtime.seeds`), and of the image's
+place in it: so a run stopped between two batches continues exactly where it was, and any number of processes computes the same
+objective. It is not the same to the last bit: sums over images are put together in another order.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from contextlib import closing
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rscli.api import Attack, DataSpec, Loss, Position, TrainStep
+from rscli.api import DataSpec, Position, TrainStep
 from rscli.config.layers import Resolved
 from rscli.data.splits import Batch, Split
 from rscli.models.network import Classifier, build_classifier
-from rscli.runtime.guard import broken, calling, draw_noise, number
+from rscli.runtime.devices import tf32_only_if
+from rscli.runtime.guard import broken, calling, number
 from rscli.runtime.seeds import derive, generator
 from rscli.training.checkpoint import check_optimizer, check_place, settings_of, training_data
+from rscli.training.draws import StepDraws
 from rscli.training.layout import training_layout
 from rscli.training.metrics import Meter
-
-RESERVED = {"loss", "accuracy", "epoch", "batch", "chunk", "lr", "images_per_s", "seconds"}
-"""Figures that the log has for itself."""
+from rscli.training.objective import Objective, attacked
+from rscli.training.precision import Forward, compiled, gradient_scaler
+from rscli.training.processes import Processes
 
 
 def initial_classifier(resolved: Resolved, spec: DataSpec) -> Classifier:
@@ -37,12 +39,21 @@ def initial_classifier(resolved: Resolved, spec: DataSpec) -> Classifier:
 
 
 class Trainer:
-    """Weights, optimiser and position of a run, and one epoch of it."""
+    """Weights, optimiser and position of a run, and one epoch of it; the part of one of its `processes`."""
 
     def __init__(
-        self, resolved: Resolved, spec: DataSpec, split: Split, device: torch.device, *, channels_last: bool | None
+        self,
+        resolved: Resolved,
+        spec: DataSpec,
+        split: Split,
+        device: torch.device,
+        *,
+        channels_last: bool | None,
+        compile: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self.resolved, self.config, self.split, self.device = resolved, resolved.config, split, device
+        self.processes = processes or Processes()
         self.chunks = resolved.loss.m if resolved.chunked else 1
         classifier = initial_classifier(resolved, spec).to(device)
         self.layout = training_layout(classifier, device, channels_last)
@@ -55,11 +66,15 @@ class Trainer:
             raise broken(resolved.optimizer, "build", f"returned {self.optimizer!r:.80}, which is no optimiser of torch's")
         if inspect.signature(self.optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
             raise broken(resolved.optimizer, "build", f"returned {type(self.optimizer).__name__}, whose step needs a closure")
+        self.scaler = gradient_scaler(self.config.precision, device)
+        self.model = Forward(compiled(self.classifier) if compile else self.classifier, self.config.precision, device)
+        """What losses and attacks call."""
+        self.objective = self.processes.average(Objective(self.model), device, shared_statistics=self.config.sync_batch_norm)
         self.batches = split.steps(self.config.batch)
         self.epoch, self.batch = 0, 0
         self.on_figures: Callable[[Mapping[str, Any]], None] | None = None
         """Called with the figures of every step, when they are read from the device."""
-        self.meter = Meter()
+        self.meter = self.new_meter()
         self.loss_state: dict[str, Tensor] = {}
         """What `Loss.setup` prepared, on the device."""
         self.networks: dict[str, nn.Module] = {}
@@ -68,9 +83,9 @@ class Trainer:
         self.last_lr = 0.0
         """The learning rate of the last optimiser step."""
 
-    def new_meter(self) -> Meter:
-        """The meter of a new epoch."""
-        return Meter(on_figures=self.on_figures)
+    def new_meter(self, state: dict[str, Any] | None = None) -> Meter:
+        """The meter of a new epoch, or one that goes on from `state`."""
+        return Meter(state, self.on_figures, self.processes.sum)
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -103,6 +118,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "meter": self.meter.state(),
             "loss": self.loss_state,
+            **({} if self.scaler is None else {"scaler": self.scaler.state_dict()}),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -114,22 +130,34 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if "data" not in state:  # a checkpoint of format 1, whose content nothing else vouches for
             check_optimizer(self.optimizer, wanted)
-        self.meter = Meter(state["meter"], self.on_figures)
+        self.meter = self.new_meter(state["meter"])
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
         self.loss_state = {name: tensor.to(self.device) for name, tensor in state.get("loss", {}).items()}
 
     def epoch_batches(self) -> Generator[None]:
         """Trains the rest of the current epoch; yields after each batch, with `batch` counting it."""
         self.classifier.train()
-        batches = self.split.batches(
-            seed=self.config.seed, epoch=self.epoch, batch=self.config.batch, device=self.device, start=self.batch
+        items = self.split.batches(
+            seed=self.config.seed,
+            epoch=self.epoch,
+            batch=self.config.batch,
+            device=self.device,
+            start=self.batch,
+            chunks=self.chunks,
+            rank=self.processes.rank,
+            world=self.processes.world,
         )
-        with closing(batches):  # and with it the processes that read, whatever happens here
-            for batch in batches:
-                position = self._next_position()
-                for number, chunk in enumerate(_chunks(batch, self.chunks)):
-                    self._step(chunk, number, position)
-                self.batch += 1
-                yield
+        with closing(items), tf32_only_if(self.config.precision == "tf32", self.device):  # whatever happens here, readers end
+            position = self._next_position()
+            for item in items:
+                if item.number != self.batch:
+                    self.batch += 1
+                    yield
+                    position = self._next_position()
+                self._step(item, position)
+            self.batch += 1
+            yield
 
     def _next_position(self) -> Position:
         """Where the next batch is in the run; its learning rate is set."""
@@ -139,92 +167,96 @@ class Trainer:
         share = (self.epoch * self.batches + self.batch) / (self.config.epochs * self.batches)
         return Position(self.epoch, share, self.lr_factor)
 
-    def _step(self, chunk: Batch, number: int, position: Position) -> None:
-        """One optimiser step on a chunk of a batch."""
-        key = ("step", self.epoch, self.batch, number)
-        torch.manual_seed(derive(self.config.seed, "global", *key))  # dropout and the like
-        random = generator(self.device, self.config.seed, *key)
-        smoothing, m = self.resolved.noise, self.resolved.loss.m
-        noise = draw_noise(smoothing, (m, *chunk.images.shape), random, self.device)
-        images = chunk.images.contiguous(memory_format=self.layout)
-        step = TrainStep(
-            model=self.classifier,
+    def _step(self, item: Batch, position: Position) -> None:
+        """One optimiser step: this process's images of it, in micro-batches."""
+        processes, config = self.processes, self.config
+        alike = item.size < processes.world  # too few images to share: every process does all of them
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = list(_micro_batches(item, config.micro_batch))
+        values: dict[str, Tensor] = {}
+        for place, part in enumerate(parts):
+            self._seed_globally(item, place)
+            step = self._train_step(part, position)
+            if self.resolved.attack is not None:
+                step = attacked(self.resolved.attack, step)
+            share = len(part.labels) / item.size * (1 if alike else processes.world)
+            with processes.gathering(self.objective, last=place == len(parts) - 1):
+                with processes.together(shared_statistics=config.sync_batch_norm and not alike):
+                    terms = self.objective(self.resolved.loss, step)
+                loss = torch.stack(list(terms.values())).sum()
+                self._backward(loss * share if share != 1 else loss)
+            for name, value in _figures(terms, loss, step).items():
+                values[name] = values.get(name, 0) + value * (len(part.labels) / item.size / (processes.world if alike else 1))
+        self._follow_gradients(values)
+        where = {"epoch": self.epoch + 1, "batch": self.batch + 1, "chunk": item.chunk + 1, "lr": self.last_lr}
+        self.meter.add(values, item.size, where=where)
+        self.after_step()
+
+    def _seed_globally(self, item: Batch, part: int) -> None:
+        """Seeds what draws from torch's global generator: dropout and the like, of its own in each process."""
+        key = ("step", self.epoch, item.number, item.chunk)
+        own = (self.processes.rank, part) if self.processes.world > 1 or part else ()
+        torch.manual_seed(derive(self.config.seed, "global", *key, *own))
+
+    def _train_step(self, part: Batch, position: Position) -> TrainStep:
+        """What losses and attacks see of the images of `part`."""
+        key = ("step", self.epoch, part.number, part.chunk)
+        smoothing, loss = self.resolved.noise, self.resolved.loss
+        images = part.images.contiguous(memory_format=self.layout)
+        draws = StepDraws(
+            smoothing,
+            images.shape[1:],
+            first=part.first,
+            end=part.first + len(images),
+            size=part.size,
+            seed=self.config.seed,
+            key=key,
+            device=self.device,
+        )
+        return TrainStep(
+            model=self.model,
             images=images,
             clean=images,
-            labels=chunk.labels,
-            indices=chunk.indices,
-            noise=noise,
+            labels=part.labels,
+            indices=part.indices,
+            noise=draws.noise(loss.m),
             smoothing=smoothing,
-            generator=random,
+            generator=generator(self.device, self.config.seed, *key),
             position=position,
             state=self.loss_state,
             networks=self.networks,
+            draws=draws,
         )
-        if self.resolved.attack is not None:
-            step = attacked(self.resolved.attack, step)
-        terms = _terms(self.resolved.loss, step)
-        loss = torch.stack(list(terms.values())).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        where = {"epoch": self.epoch + 1, "batch": self.batch + 1, "chunk": number + 1, "lr": self.last_lr}
-        self.meter.add(terms, loss, step, where=where)
-        self.after_step()
+
+    def _backward(self, loss: Tensor) -> None:
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def _follow_gradients(self, values: dict[str, Tensor]) -> None:
+        """The optimiser's step; with a largest norm of the gradient, the norm before it was shortened is added to `values`."""
+        if self.config.clip_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.classifier.parameters(), self.config.clip_norm)
+            values["grad_norm"] = norm / self.processes.world  # the same in all of them, and summed over them
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
 
 
-def attacked(attack: Attack, step: TrainStep) -> TrainStep:
-    """The step that the loss trains on after `attack`, checked and detached; the model is left as it was.
+def _micro_batches(item: Batch, most: int | None) -> Iterator[Batch]:
+    """The images of `item` in parts of at most `most`."""
+    size = most or len(item.labels)
+    return (item.part(begin, begin + size) for begin in range(0, len(item.labels), size))
 
-    Raises `PluginError` if the attack returns something else, tensors of another shape, or pixels outside [0, 1] or NaN.
+
+def _figures(terms: Mapping[str, Tensor], loss: Tensor, step: TrainStep) -> dict[str, Tensor]:
+    """The loss, its terms and the accuracy under noise: scalars, detached. The accuracy only if the loss asked for the logits
+    of the noisy images: no forward just for the log.
     """
-    with step.frozen(), calling(attack, "perturb"), _untouched(attack, "perturb", step):
-        moved = attack.perturb(step)
-    if not isinstance(moved, TrainStep):
-        raise broken(attack, "perturb", f"returned a {type(moved).__name__}: it must return step.moved(images=...)")
-    for what in ("images", "noise"):
-        here, there = getattr(step, what), getattr(moved, what)
-        if not isinstance(there, Tensor) or there.dtype != here.dtype or there.device != here.device:
-            raise broken(attack, "perturb", f"returned {what} that are no tensor of {here.dtype} on {here.device}")
-        if there.shape != here.shape:
-            raise broken(attack, "perturb", f"returned {what} of shape {tuple(there.shape)}, not {tuple(here.shape)}")
-    images = moved.images.detach()
-    low, high = torch.stack(torch.aminmax(images)).tolist()  # the host waits once for a whole attack
-    if not (low >= 0 and high <= 1):  # NaN is neither
-        raise broken(attack, "perturb", f"returned pixels from {low:g} to {high:g}: they must be in [0, 1]")
-    if not all(isinstance(tensor, Tensor) for tensor in moved.extra.values()):
-        raise broken(attack, "perturb", f"added {', '.join(moved.extra)}, of which not all are tensors")
-    extra = {key: tensor.detach() for key, tensor in moved.extra.items()}
-    return replace(step, images=images, noise=moved.noise.detach(), extra=extra)
-
-
-def _chunks(batch: Batch, count: int) -> Iterator[Batch]:
-    """The batch in at most `count` chunks of equal size, the last possibly smaller."""
-    parts = zip(batch.images.chunk(count), batch.labels.chunk(count), batch.indices.chunk(count), strict=True)
-    return (Batch(*part) for part in parts)
-
-
-def _terms(loss: Loss, step: TrainStep) -> dict[str, Tensor]:
-    """The named terms of the objective. Raises `PluginError` unless they are scalars, at least one."""
-    with calling(loss, "step"), _untouched(loss, "step", step):
-        terms = loss.step(step)
-    if not isinstance(terms, dict) or not all(isinstance(k, str) and isinstance(term, Tensor) for k, term in terms.items()):
-        raise broken(loss, "step", f"returned {terms!r:.80}: it must return named scalars, such as {{'ce': ...}}")
-    if not terms or any(term.ndim for term in terms.values()):
-        shapes = {name: tuple(term.shape) for name, term in terms.items()}
-        raise broken(loss, "step", f"must return at least one named scalar, and returned {shapes}")
-    if taken := RESERVED & terms.keys() - ({"loss"} if len(terms) == 1 else set()):
-        raise broken(loss, "step", f"calls a term {' and '.join(sorted(taken))}, which the log has for itself; call it ce, say")
-    if not any(term.requires_grad for term in terms.values()):
-        raise broken(loss, "step", "returned terms without gradients, from which nothing can be learned")
-    return terms
-
-
-@contextmanager
-def _untouched(plugin: Attack | Loss, method: str, step: TrainStep) -> Iterator[None]:
-    """Raises `PluginError` if the body changes the tensors of `step` in place: others are to see them, too."""
-    handed = {name: getattr(step, name) for name in ("images", "clean", "labels", "noise")}
-    before = {name: tensor._version for name, tensor in handed.items()}
-    yield
-    changed = [name for name, tensor in handed.items() if tensor._version != before[name]]
-    if changed:
-        raise broken(plugin, method, f"changed the step's {' and '.join(changed)} in place")
+    found = {"loss": loss, **terms}
+    if "noisy_logits" in step.__dict__:
+        found["accuracy"] = (step.noisy_logits.argmax(-1) == step.labels).float().mean()
+    return {name: value.detach().float() for name, value in found.items()}

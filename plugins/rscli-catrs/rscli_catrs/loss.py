@@ -62,7 +62,6 @@ class CatRs(Loss):
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
         """`low` and `high`, scalars in nats, the latter multiplied by lbd already; the objective of the class's docstring."""
-        from torch import rand
         from torch.nn.functional import cross_entropy
 
         table = step.state["soft_labels"]
@@ -73,7 +72,7 @@ class CatRs(Loss):
         m, batch = logits.shape[:2]
         ce = cross_entropy(logits.flatten(0, 1), step.labels.repeat(m), reduction="none").reshape(m, batch)
         phat = (logits.argmax(-1) == step.labels).float().mean(0)
-        k = (rand(m, batch, generator=step.generator, device=phat.device) < phat).sum(0).clamp(min=1)
+        k = (step.rand(m).T < phat).sum(0).clamp(min=1)
         rank = ce.detach().argsort(0).argsort(0)
         low = ((rank < k) * ce).sum(0) / m
         high = _kl(soft, step.logits(step.noisy(step.images, worst))).amax(0)

@@ -44,13 +44,12 @@ class SmoothMix(Loss):
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
         """`ce` and `mixup`, scalars in nats, the latter multiplied by eta w already; the objective of the class's docstring."""
-        from torch import rand
         from torch.nn.functional import cross_entropy
 
         weight = self.weight_at(step.position.epoch)
         with step.frozen():
             first, last = self._adversaries(step)
-        lam = rand(len(step.labels), 1, 1, 1, generator=step.generator, device=step.images.device) / 2
+        lam = step.rand(1, 1, 1) / 2
         centre = _within(step.images, first, self.alpha * weight) if self.one_step else step.images
         noisy = step.logits(step.noisy(centre))
         pbar = noisy.softmax(-1).mean(0)

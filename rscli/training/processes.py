@@ -1,0 +1,238 @@
+"""The processes that train one model together: torchrun starts them, each has its part of every optimiser step.
+
+The first of them speaks: it alone writes the run folder, logs, and calls callbacks. All of them make the same decisions at the
+same step: whoever is asked to stop says so, and all hear it before the next step. Small messages go between CPUs (gloo), so
+that no host waits for a device; gradients go between the devices (NCCL between GPUs).
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rscli.errors import InputError, RscliError
+from rscli.runtime.rendezvous import meet
+from rscli.runtime.signals import StopRequest
+from rscli.runtime.torchrun import Launch, launched
+from rscli.training.batch_norm import SharedStatistics
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch.distributed.distributed_c10d import Store
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others in the middle of a run: a probe may take long, and those that fail say so."""
+WATCH_SECONDS = 0.5
+GRACE_SECONDS = 2.0
+"""How long a process that waits for one that has failed may take to notice by itself."""
+
+
+class Processes:
+    """A process that trains alone."""
+
+    rank, world = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """For each of `flags`, whether it is set in any process."""
+        return list(flags)
+
+    def sum(self, table: Tensor) -> Tensor:
+        """The sum of `table` (any shape) over all processes."""
+        return table
+
+    def share(self, value: T) -> T:
+        """What the first process has as `value`: plain values and tensors on the CPU."""
+        return value
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+
+    def failing_together(self) -> AbstractContextManager[object]:
+        """While the body runs: a process that fails ends the others, too."""
+        return nullcontext()
+
+    def average(self, module: nn.Module, device: torch.device, *, shared_statistics: bool) -> nn.Module:
+        """`module`, whose gradients become the mean over all processes.
+
+        With `shared_statistics`, `together` keeps the buffers equal; otherwise each step begins with the first process's.
+        """
+        return module
+
+    def gathering(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+        """While the body runs what `average` gave, forward and backward: gradients are gathered, and averaged in the `last`."""
+        return nullcontext()
+
+    def together(self, *, shared_statistics: bool) -> AbstractContextManager[object]:
+        """While the body runs an objective: batch normalisation over all processes, if its statistics are shared."""
+        return nullcontext()
+
+
+class Several(Processes):
+    """One of several processes."""
+
+    def __init__(self, launch: Launch, store: Store) -> None:
+        self.rank, self.world, self._store = launch.rank, launch.world, store
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """See `Processes.any`; between hosts, a fraction of a millisecond."""
+        from torch import distributed
+
+        found = torch.tensor(flags, dtype=torch.uint8)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+        return [bool(flag) for flag in found.tolist()]
+
+    def sum(self, table: Tensor) -> Tensor:
+        """See `Processes.sum`."""
+        from torch import distributed
+
+        table = table.clone()
+        distributed.all_reduce(table)
+        return table
+
+    def share(self, value: T) -> T:
+        """See `Processes.share`."""
+        from torch import distributed
+
+        box: list[Any] = [value]
+        distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        found: T = box[0]
+        return found
+
+    def wait(self) -> None:
+        """See `Processes.wait`."""
+        self.any([False])
+
+    def average(self, module: nn.Module, device: torch.device, *, shared_statistics: bool) -> nn.Module:
+        """See `Processes.average`."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        return DistributedDataParallel(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **{"forward_sync_buffers" if new else "broadcast_buffers": not shared_statistics},
+        )
+
+    def gathering(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+        """See `Processes.gathering`."""
+        wait: AbstractContextManager[object] = nullcontext() if last else module.no_sync()  # type: ignore[operator]
+        return wait
+
+    def together(self, *, shared_statistics: bool) -> AbstractContextManager[object]:
+        """See `Processes.together`."""
+        return SharedStatistics() if shared_statistics else nullcontext()
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """While the body runs: a process that fails says so in its own words, and the others end quietly, at once.
+
+        Raises `SystemExit` instead of the error of a process that another one has forestalled, or that the error of another one
+        has reached through torch.
+        """
+        try:
+            yield
+        except BaseException as cause:
+            code = cause.exit_code if isinstance(cause, RscliError) else 1
+            if self._forestalled(cause, code):
+                raise SystemExit(code) from None
+            if _of_another(cause):
+                hint = "See what it said, or whether the system killed it. The same command with --resume goes on."
+                raise RscliError(f"another of the {self.world} processes has ended in the middle of the run", hint) from cause
+            raise
+
+    def leave(self) -> None:
+        """The end of the process: nobody watches any more."""
+        from torch import distributed
+
+        self._over.set()
+        distributed.destroy_process_group()
+
+    def _forestalled(self, cause: BaseException, code: int) -> bool:
+        """Whether another process has failed before this one; otherwise the others are told that this one has."""
+        self._over.set()
+        if _of_another(cause):
+            time.sleep(2 * WATCH_SECONDS)  # it may say so only now
+        try:
+            said = self._store.compare_set("failed", "", f"{self.rank} {code}").decode()
+        except RuntimeError:  # the store is gone, and with it the process that kept it
+            return False
+        return said.split()[0] != str(self.rank)
+
+    def _watch(self) -> None:
+        """Ends this process soon after another one has said that it fails: torch would wait for it."""
+        while not self._over.wait(WATCH_SECONDS):
+            try:
+                if not self._store.check(["failed"]):
+                    continue
+                code = int(self._store.get("failed").decode().split()[1])
+            except (RuntimeError, ValueError, IndexError):
+                return
+            if not self._over.wait(GRACE_SECONDS):
+                os._exit(code)
+
+
+_joined: Processes | None = None
+
+
+def joined(stop: StopRequest, waiting: Callable[[str], None], device: torch.device) -> Processes:
+    """The processes that train together, when all of them are here; this one alone where no launcher started several.
+
+    They stay together for the life of the process: a command may train one run after another. Raises `InputError` if the
+    launcher's variables are wrong, if somebody does not come in time, or if two processes would share a GPU.
+    """
+    global _joined
+    launch = launched()
+    if launch.note is not None:
+        waiting(launch.note)
+    if launch.world == 1:
+        return Processes()
+    if _joined is None:
+        _joined = _join(launch, stop, waiting, device)
+    return _joined
+
+
+def _join(launch: Launch, stop: StopRequest, waiting: Callable[[str], None], device: torch.device) -> Processes:
+    from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "").strip() or 1)
+    if device.type == "cuda" and here > torch.cuda.device_count():
+        raise InputError(
+            f"{here} processes were started on this machine, which has {torch.cuda.device_count()} GPUs",
+            "Start one process for each GPU: torchrun --nproc-per-node gpu.",
+        )
+    store = meet(launch, "train", waiting, stop)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(
+        backend, store=PrefixStore("group", store), rank=launch.rank, world_size=launch.world, timeout=PATIENCE
+    )
+    several = Several(launch, store)
+    atexit.register(several.leave)
+    return several
+
+
+def _of_another(cause: BaseException) -> bool:
+    """Whether the error is torch's way of saying that another process is gone."""
+    text = str(cause)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "ncclSystemError")
+    return isinstance(cause, RuntimeError) and any(sign in text for sign in signs)
