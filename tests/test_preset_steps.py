@@ -30,8 +30,9 @@ def test_one_step(name):
     trainer = Trainer(resolved, spec, split, torch.device("cpu"), channels_last=True)
     trainer.epoch = resolved.config.epochs - 1  # after every milestone and warm-up: all terms and the full attack take part
     before = [p.detach().clone() for p in trainer.classifier.parameters()]
-    batch = Batch(torch.from_numpy(pixels).float() / 255, torch.from_numpy(split.labels), torch.arange(images))
-    trainer._step(batch, 0, Position(trainer.epoch, 0.99, trainer.lr_factor))
+    labels = torch.from_numpy(split.labels)
+    item = Batch(torch.from_numpy(pixels).float() / 255, labels, torch.arange(images), 0, 0, 0, images)
+    trainer._step(item, Position(trainer.epoch, 0.99, trainer.lr_factor))
     means = trainer.meter.means()
     assert math.isfinite(means["loss"])
     assert means["loss"] == pytest.approx(sum(v for k, v in means.items() if k not in ("loss", "accuracy")), rel=1e-4, abs=1e-4)
