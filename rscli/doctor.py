@@ -15,7 +15,7 @@ from rscli.config.presets import list_presets
 from rscli.errors import PluginError, RscliError
 from rscli.plugin_trial import descriptions
 from rscli.registry import Entry, installed, load_entry, problems
-from rscli.runtime.devices import device_name, slow_bf16, versions
+from rscli.runtime.devices import device_name, emulated, versions
 from rscli.runtime.guard import broken, calling
 
 
@@ -54,12 +54,18 @@ def _abilities(kind: str) -> str:
         small = torch.ones(8, 8, device=kind)
         with torch.autocast(kind, torch.bfloat16):
             works = (small @ small).dtype == torch.bfloat16
-        slow = "slow bf16: emulated, fp32 is faster" if slow_bf16(torch.device(kind)) else "bf16"
-        able.append(slow if works else "no bf16")
+        able.append(_half("bf16", kind) if works else "no bf16")
+        if kind == "cpu":
+            able.append(_half("fp16", kind))
     except (RuntimeError, ValueError, TypeError):
         able.append("no bf16")
     able.append("compile" if _compiles(kind) else "no compile")
     return f" ({', '.join(able)})"
+
+
+def _half(precision: str, kind: str) -> str:
+    slow = emulated(precision, torch.device(kind))
+    return f"slow {precision}: emulated, fp32 is faster" if slow else precision
 
 
 def _compiles(kind: str) -> bool:

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "plugins" / name) for name in ("rscli-smoothmix", "rscli-catrs")]
 
+from rscli.api import Attack, Draws, Loss, TrainStep  # noqa: E402
+from rscli.runtime.torchrun import Launch  # noqa: E402
+from rscli.training.draws import StepDraws  # noqa: E402
+from rscli.training.objective import Objective, attacked  # noqa: E402
+from rscli.training.processes import Processes, Several  # noqa: E402
 from rscli_catrs.loss import CatRs  # noqa: E402
 from rscli_core.attacks.ddn import Ddn  # noqa: E402
 from rscli_core.attacks.gradient_free import GradientFree  # noqa: E402
@@ -22,12 +27,6 @@ from rscli_core.losses.macer import Macer  # noqa: E402
 from rscli_core.losses.stability import Stability  # noqa: E402
 from rscli_core.noises.gaussian import Gaussian  # noqa: E402
 from rscli_smoothmix.loss import SmoothMix  # noqa: E402
-
-from rscli.api import Attack, Draws, Loss, TrainStep  # noqa: E402
-from rscli.runtime.torchrun import Launch  # noqa: E402
-from rscli.training.draws import StepDraws  # noqa: E402
-from rscli.training.objective import Objective, attacked  # noqa: E402
-from rscli.training.processes import Processes, Several  # noqa: E402
 
 CLASSES, SHAPE, CPU = 3, (2, 6, 6), torch.device("cpu")
 LOSSES: dict[str, Loss] = {
@@ -41,7 +40,12 @@ LOSSES: dict[str, Loss] = {
     "cat-rs": CatRs(lbd=1, m=2, steps=2, soft_labels=Path("unread")),
 }
 REACH: dict[str, Any] = {"epsilon": 0.5, "steps": 3, "warmup": 0}
-ATTACKS: dict[str, Attack | None] = {"none": None, "pgd": Pgd(**REACH), "ddn": Ddn(**REACH), "gradient-free": GradientFree(**REACH)}
+ATTACKS: dict[str, Attack | None] = {
+    "none": None,
+    "pgd": Pgd(**REACH),
+    "ddn": Ddn(**REACH),
+    "gradient-free": GradientFree(**REACH),
+}
 CASES = [(loss, attack, norm) for loss in LOSSES for attack in ATTACKS for norm in (False, True)]
 
 

@@ -324,7 +324,7 @@ def test_a_later_start_reads_none_of_the_skipped_files(files, monkeypatch):
 @pytest.mark.parametrize("chunks", [1, 2, 4])
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_processes_share_every_chunk(split, world, chunks):
-    """Each image of a chunk goes to one process, in order; but all of a chunk that is too small to share goes to all of them."""
+    """Each image of a chunk goes to one process, in order; all of a chunk that is too small to share go to all of them."""
     ranks = [epoch(split, rank=rank, world=world, chunks=chunks) for rank in range(world)]
     whole = epoch(split, chunks=chunks)
     assert [len(item.labels) for item in whole] == [

@@ -60,15 +60,15 @@ def test_bf16_that_is_emulated_is_known_and_doctor_says_so(monkeypatch, tmp_path
 
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
     monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
-    assert devices.slow_bf16(torch.device("cpu")) is slow
-    assert not devices.slow_bf16(torch.device("cuda"))
+    assert devices.emulated("bf16", torch.device("cpu")) is slow
+    assert not devices.emulated("bf16", torch.device("cuda"))
     (found,) = [finding.text for finding in examine(tmp_path)["devices"] if finding.text.startswith("cpu:")]
     assert ("slow bf16: emulated" in found) is slow
 
 
 def test_elsewhere_than_on_linux_torch_is_asked(monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "CPUINFO", tmp_path / "none")
-    assert devices.slow_bf16(torch.device("cpu")) in (True, False)
+    assert devices.emulated("bf16", torch.device("cpu")) in (True, False)
 
 
 @pytest.mark.parametrize(("precision", "slow", "warned"), [("bf16", True, 1), ("bf16", False, 0), ("fp32", True, 0)])

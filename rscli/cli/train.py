@@ -44,7 +44,7 @@ def train(
     ] = None,
     micro_batch: Annotated[
         int | None,
-        typer.Option("--micro-batch", min=1, help="Most images of a step in one forward: less memory, the same gradient."),
+        typer.Option("--micro-batch", min=1, help="Most noisy images in one forward: less memory, the same gradient."),
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
     workers: opt.Workers = opt.WORKERS,

@@ -50,8 +50,8 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(
         None,
         ge=1,
-        description="most images of an optimiser step in one forward; left out: all. Batch normalisation sees these alone",
-        json_schema_extra=unit("images"),
+        description="most noisy images in one forward; left out: all of a step. Batch normalisation sees these alone",
+        json_schema_extra=unit("noisy images"),
     )
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; longer ones are shortened to it")
     sync_batch_norm: bool = Field(

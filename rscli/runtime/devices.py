@@ -15,7 +15,10 @@ from rscli.errors import InputError
 from rscli.runtime.torchrun import local_rank
 
 CPUINFO = Path("/proc/cpuinfo")
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+HALF_FLAGS = {
+    "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
+    "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
 """What Linux calls the instructions: the first two on x86, the last on ARM."""
 PRECISIONS = ("fp32", "tf32", "bf16")
 PACKAGES = ("rscli", "torch", "torchvision", "timm", "numpy", "scipy", "pydantic", "safetensors", "scikit-learn", "matplotlib")
@@ -81,15 +84,15 @@ def tf32_only_if(wanted: bool, device: torch.device) -> Iterator[None]:
             flag.allow_tf32 = allowed
 
 
-def slow_bf16(device: torch.device) -> bool:
-    """Whether `device` has no instructions for bf16 and emulates them, which is many times slower than fp32."""
-    if device.type != "cpu":
+def emulated(precision: str, device: torch.device) -> bool:
+    """Whether `device` has no instructions for `precision` (bf16 or fp16): it emulates them, many times slower than fp32."""
+    if device.type != "cpu" or precision not in HALF_FLAGS:
         return False
     try:
         flags = set(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
     except OSError:  # not Linux
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # also true of some that emulate them
-    return not flags & BF16_FLAGS
+        return precision == "fp16" or not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # also true of some that emulate them
+    return not flags & HALF_FLAGS[precision]
 
 
 def memory_layout(channels_last: bool) -> torch.memory_format:

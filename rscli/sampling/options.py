@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rscli.errors import InputError, RscliError
 from rscli.models.smoothed import Smoothed
-from rscli.runtime.devices import check_precision, memory_layout, pick_device, slow_bf16
+from rscli.runtime.devices import check_precision, emulated, memory_layout, pick_device
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.sampling.autotune import Choice, Make, Stop, speed_of, try_compiled, tune
@@ -67,7 +67,7 @@ class SamplingOptions:
         """
         device = pick_device(self.device)
         check_precision(self.precision, device)
-        if self.precision == "bf16" and slow_bf16(device):
+        if emulated(self.precision, device):
             progress.warn("this CPU has no instructions for bf16: it is emulated, several times slower than --precision fp32")
         shape = model.shape
         if shape is None:

@@ -126,11 +126,12 @@ class Several(Processes):
         from torch.nn.parallel import DistributedDataParallel
 
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": not shared_statistics}
         return DistributedDataParallel(
             module,
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            **{"forward_sync_buffers" if new else "broadcast_buffers": not shared_statistics},
+            **buffers,
         )
 
     def gathering(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:

@@ -23,7 +23,7 @@ from rscli.models.card import ModelCard
 from rscli.models.modelfile import save_model, tensor_digest
 from rscli.models.network import parameter_count
 from rscli.plugin_files import from_file
-from rscli.runtime.devices import environment, pick_device, slow_bf16
+from rscli.runtime.devices import emulated, environment, pick_device
 from rscli.runtime.guard import calling
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress, Silent
@@ -127,7 +127,7 @@ class _Training:
 
     def complete(self) -> Path:
         """Trains to the end, and writes the model file."""
-        self._warn_of_slow_bf16()
+        self._warn_of_emulation()
         split = self._open_split()
         trainer = Trainer(
             self.resolved,
@@ -147,7 +147,8 @@ class _Training:
         run = TrainingRun(trainer, self.folder, more, self.progress, self.stop)
         self._prepare(trainer, run, state)
         size = math.ceil(self.resolved.config.batch / trainer.chunks / self.processes.world)
-        size = min(size, self.resolved.config.micro_batch or size)
+        if self.resolved.config.micro_batch is not None:
+            size = min(size, max(1, self.resolved.config.micro_batch // self.resolved.loss.m))
         copies = f"a forward of {size} images with {self.resolved.loss.m} noisy copies each"
         at_work = self.folder.at_work(self.progress) if self.processes.first else nullcontext()
         with at_work, enough_memory(self.device, copies, TOO_LARGE):
@@ -211,8 +212,8 @@ class _Training:
         """What the figures of the run may depend on besides its configuration."""
         return {**environment(self.device), "processes": self.processes.world, "compiled": self.options.compile}
 
-    def _warn_of_slow_bf16(self) -> None:
-        if self.resolved.config.precision in ("bf16", "fp16") and slow_bf16(self.device):
+    def _warn_of_emulation(self) -> None:
+        if emulated(self.resolved.config.precision, self.device):
             self.progress.warn(
                 f"{self.resolved.config.precision} is emulated on this processor, and many times slower than fp32: "
                 "leave --precision out, or use a GPU"

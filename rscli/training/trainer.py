@@ -172,7 +172,7 @@ class Trainer:
         processes, config = self.processes, self.config
         alike = item.size < processes.world  # too few images to share: every process does all of them
         self.optimizer.zero_grad(set_to_none=True)
-        parts = list(_micro_batches(item, config.micro_batch))
+        parts = list(_micro_batches(item, config.micro_batch, self.resolved.loss.m))
         values: dict[str, Tensor] = {}
         for place, part in enumerate(parts):
             self._seed_globally(item, place)
@@ -246,9 +246,9 @@ class Trainer:
             self.scaler.update()
 
 
-def _micro_batches(item: Batch, most: int | None) -> Iterator[Batch]:
-    """The images of `item` in parts of at most `most`."""
-    size = most or len(item.labels)
+def _micro_batches(item: Batch, most: int | None, m: int) -> Iterator[Batch]:
+    """The images of `item` in parts whose `m` copies each are at most `most` noisy images; one image at least."""
+    size = len(item.labels) if most is None else max(1, most // m)
     return (item.part(begin, begin + size) for begin in range(0, len(item.labels), size))
 
 
