@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from support import SHARED
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +22,9 @@ def _no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and published logs; tests that need it skip where it is absent."""
-    folder = Path(os.environ.get("RSCLI_SHARED", ROOT.parent / "shared"))
-    if not folder.is_dir():
+    if not SHARED.is_dir():
         pytest.skip("the shared folder with real data is not here")
-    return folder
+    return SHARED
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +10,11 @@ from scipy import stats
 
 from rscli.errors import InputError
 from rscli.stats import metrics, paired
+from support import SHARED
 
 RADIUS = np.array([0.0, 0.0, 0.25, 0.5, 1.0, 0.75])
 CORRECT = np.array([0, 1, 1, 1, 1, 0])  # abstained; right at radius 0; three right; one wrong
-LOGS = Path(__file__).parents[2] / "shared" / "logs"
+LOGS = SHARED / "logs"
 
 
 def test_acr_counts_wrong_and_abstained_images_as_zero():

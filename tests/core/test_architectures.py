@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from rscli.api import DataSpec, Transform
+from foreign import spec
 from rscli.errors import InputError
 from rscli.registry import installed
 from rscli_core.architectures._densenet import Bottleneck
@@ -32,12 +32,6 @@ TIMM = {
     "resnet18": (TimmModel(model="resnet18"), (1, 32, 32)),
     "vit_tiny": (TimmModel(model="vit_tiny_patch16_224"), (1, 32, 32)),
 }
-
-
-def spec(classes: int, shape: tuple[int, int, int]) -> DataSpec:
-    """Of data with so many classes and images of this shape, also with channels that no image file has."""
-    transform = Transform(channels=3 if shape[0] == 3 else 1, crop=shape[1:])
-    return DataSpec.model_construct(class_names=tuple(map(str, range(classes))), shape=shape, test_transform=transform)
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ import typer
 from typer.testing import CliRunner
 
 from rscli.cli.app import app
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["train", "certify", "predict", "compare", "doctor", "import", "plugins", "plugins info", "presets", "presets show"]
 QUICK = ["--set", "epochs=1", "--set", "batch=64", "--set", "optimizer.lr=0.05", "--device", "cpu", "--workers", "0"]
 ANSI = re.compile(r"\x1b\[")

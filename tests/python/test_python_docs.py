@@ -13,8 +13,9 @@ import rscli
 from rscli.cli.app import app
 from rscli.errors import InputError
 from rscli.registry import installed
+from support import ROOT
 
-PAGE = (Path(__file__).parent.parent / "docs" / "python.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
 
 pytestmark = pytest.mark.slow

@@ -21,12 +21,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from test_architectures import spec
-from test_import import CIFAR_MEAN, OTHER_MEAN, OTHER_STD, RESNET8, Constants, Listener, bring, network
-from test_import import same_predictions as same
 from torch import nn
 from typer.testing import CliRunner
 
+from foreign import CIFAR_MEAN, OTHER_MEAN, OTHER_STD, RESNET8, Constants, Listener, bring, network, spec
+from foreign import same_predictions as same
 from rscli.cli.app import app
 from rscli.errors import InputError, PluginError, RscliError
 from rscli.models.importing.convert import field_archs

@@ -26,8 +26,9 @@ from rscli.models.modelfile import load_model
 from rscli.plugin_files import load_plugin_file
 from rscli.registry import installed
 from rscli.results.reader import read_results
+from support import ROOT
 
-PAGE = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
 TABLES = [tomllib.loads(text) for text in re.findall(r"^```toml\n(.*?)^```$", PAGE, re.M | re.S)]
 POINTS = [
@@ -366,7 +367,7 @@ def test_the_data_set_has_the_images_that_it_announces():
 
 
 def test_the_readme_example_trains_as_it_stands(tmp_path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^(    from pydantic import Field\n(?:    .*\n|\n)+?)(?=\S)", readme, re.M)
     path = tmp_path / "my_loss.py"
     path.write_text(textwrap.dedent(block), encoding="utf-8")

@@ -6,7 +6,6 @@ import csv
 import re
 import shlex
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from rscli.config.layers import resolve
 from rscli.config.presets import list_presets, load_preset, published_for
 from rscli.report.recipe import ATTACK, Recipe, schedule, setting_differences
 from rscli.report.shelf import read_shelf
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
 SIGMAS = ("0.25", "0.5", "1.0")
 SHIPPED = {preset.name for preset in list_presets() if preset.package == "rscli" and not preset.name.startswith("digits")}

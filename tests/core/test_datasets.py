@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import shutil
 import subprocess
@@ -23,8 +22,8 @@ from rscli_core.datasets.digits import Digits
 from rscli_core.datasets.imagefolder import ImageFolder
 from rscli_core.datasets.imagenet import ImageNet
 from rscli_core.datasets.mnist import Mnist
+from support import SHARED
 
-SHARED = Path(os.environ.get("RSCLI_SHARED", Path(__file__).parents[2] / "shared"))
 NOWHERE = Path("no-such-folder")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
-PATH = Path(__file__).resolve().parent.parent / "bench" / "train_cost.py"
+from support import ROOT
+
+PATH = ROOT / "bench" / "train_cost.py"
 CPU = torch.device("cpu")
 
 

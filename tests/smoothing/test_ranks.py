@@ -25,7 +25,6 @@ import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
-from victims import BEGUN, ROW, STEP_SECONDS, TOGETHER, kill
 
 from rscli.api import Certificate
 from rscli.cli.app import app
@@ -44,6 +43,7 @@ from rscli.smoothing import certify as certifying
 from rscli.smoothing.certify import CertifyOptions, SamplingOptions, _Run, certify
 from rscli.smoothing.work_queue import Alone, Together, join
 from rscli.training.train import TrainOptions, train
+from victims import BEGUN, ROW, STEP_SECONDS, TOGETHER, kill
 
 IMAGES = 40
 POSIX = pytest.mark.skipif(

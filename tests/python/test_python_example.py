@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "python_api.py"
+from support import ROOT
+
+EXAMPLE = ROOT / "examples" / "python_api.py"
 
 
 @pytest.mark.slow

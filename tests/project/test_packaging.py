@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import rscli
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = {"rscli": ROOT / "rscli", "rscli_core": ROOT / "plugins" / "rscli_core", "rscli_presets": ROOT / "presets"}
 POINTS: dict[str, dict[str, str]] = PROJECT["project"]["entry-points"]

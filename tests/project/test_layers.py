@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from support import ROOT
+
 PROGRAM = sorted((ROOT / "rscli").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins" / "rscli_core").rglob("*.py"))
 TORCH = {"python", "runtime", "data", "models", "results", "sampling", "smoothing", "training", "doctor"}

@@ -11,8 +11,8 @@ import pytest
 from scipy.special import ndtr, ndtri
 
 from rscli.stats import bounds, metrics, sequential
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md")])
 CODE = sorted(
@@ -55,7 +55,7 @@ def test_the_reader_of_citations_sees_every_form():
     assert len(PAGES) >= 10
 
 
-MADE_UP = {"tests/test_docs.py", "tests/test_cli.py"}
+MADE_UP = {"tests/project/test_docs.py", "tests/cli/test_cli.py"}
 """Tests with pages that they make up."""
 
 

@@ -18,8 +18,8 @@ from rscli.config.layers import resolve
 from rscli.models.modelfile import load_model, save_model
 from rscli.runtime.progress import Silent
 from rscli.training.train import TrainOptions, train
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "digits"
 TORN = EXAMPLES / "0-index305.png"
 SIGMA = 0.5

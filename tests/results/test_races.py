@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from racers import race
 
+from racers import race
 from rscli.errors import InputError
 from rscli.results.protocol import claim, digest, protocol_path, read_protocol
 from rscli.results.reader import read_results

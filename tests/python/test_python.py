@@ -28,8 +28,9 @@ from rscli.results.rows import Row, parse_row
 from rscli.runtime.progress import Silent
 from rscli.smoothing.task import row_of
 from rscli.training.train import TrainOptions, train
+from support import ROOT
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "digits"
+EXAMPLES = ROOT / "examples" / "digits"
 SIGMA, IMAGES = 0.5, 8
 
 

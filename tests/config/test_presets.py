@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import tomllib
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -18,8 +17,9 @@ from rscli.config.presets import list_presets, load_preset, published_for, publi
 from rscli.errors import InputError, RscliError
 from rscli.registry import Entry, Registry
 from rscli.training.train import TrainOptions, outlook
+from support import ROOT
 
-SHIPPED = Path(__file__).parents[1] / "presets"
+SHIPPED = ROOT / "presets"
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.toml"))
 SIGMAS = ("0.25", "0.5", "1.0")
 METHODS = ("gaussian", "stability", "smoothadv", "macer", "cons", "smoothadv-cons")

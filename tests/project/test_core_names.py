@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rscli.registry import installed
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = {entry.name for entry in installed().entries() if entry.package == "rscli" and entry.kind != "presets"}
 WORDS = {"step", "checkpoint", "digits"}
 """Names that are words of the program too; a plugin called so is not meant by them."""

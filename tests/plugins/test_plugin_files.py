@@ -17,6 +17,7 @@ from rscli.errors import InputError, PluginError
 from rscli.models.modelfile import load_model
 from rscli.plugin_files import load_plugin_file
 from rscli.registry import installed
+from support import ROOT
 
 PARTS = '''
 from math import prod
@@ -161,9 +162,7 @@ def test_train_certify_and_predict_with_one_file(file, tmp_path):
 
     certify = ["certify", tmp_path / "run", "--n", "100", "--max", "3", "--certifier", "majority", "-q"]
     assert run(*certify, "--plugin", file).exit_code == 0
-    predicted = run(
-        "predict", tmp_path / "run", Path(__file__).parent.parent / "examples/digits", "--plugin", file, "-q", "--json"
-    )
+    predicted = run("predict", tmp_path / "run", ROOT / "examples/digits", "--plugin", file, "-q", "--json")
     assert predicted.exit_code == 0
 
     without = run("certify", tmp_path / "run", "--n", "100", "--max", "3", "--out", tmp_path / "other.tsv")

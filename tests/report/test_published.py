@@ -28,8 +28,9 @@ from rscli.report.tables import tables
 from rscli.results.reader import read_results
 from rscli.results.rows import Row
 from rscli.results.writer import ResultWriter
+from support import ROOT
 
-PRESETS = Path(__file__).resolve().parent.parent / "presets"
+PRESETS = ROOT / "presets"
 ALL = np.arange(10_000)
 LENET = {"name": "lenet"}
 RESNET = {"name": "cifar-resnet", "depth": 110}
