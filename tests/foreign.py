@@ -18,20 +18,6 @@ OTHER_MEAN, OTHER_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 RESNET8 = {"name": "cifar-resnet", "depth": 8}
 
 
-class Listener(Silent):
-    """Remembers what was said."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-
 class Constants(nn.Module):
     """A normalisation layer as the field writes it: its constants are no part of the state dict."""
 

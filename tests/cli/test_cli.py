@@ -22,16 +22,6 @@ QUICK = ["--set", "epochs=1", "--set", "batch=64", "--set", "optimizer.lr=0.05",
 ANSI = re.compile(r"\x1b\[")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     """Every test in an empty folder of its own: a default path must not reach the checkout."""

@@ -31,14 +31,6 @@ GREY = Transform(channels=1, crop=(6, 8))
 RGB = Transform(channels=3, crop=(6, 8))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def noise_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
     channels = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}[mode]
     return Image.fromarray(RNG.integers(0, 256, (height, width, *channels), dtype=np.uint8))

@@ -24,7 +24,6 @@ from foreign import (
     OTHER_STD,
     RESNET8,
     Constants,
-    Listener,
     Named,
     Saved,
     bring,
@@ -38,6 +37,7 @@ from rscli.errors import ConfigError, InputError, RscliError
 from rscli.models.importing.keys import fit_tensors
 from rscli.models.modelfile import load_model
 from rscli.registry import installed
+from runs import Listening
 
 
 def refusal(path: Path, **changes) -> RscliError:
@@ -61,7 +61,7 @@ BARE = {"": lambda net: net, "module.": nn.DataParallel, "module.module.": lambd
 @pytest.mark.parametrize("prefix", NORMALIZED)
 def test_a_network_behind_a_normalisation_layer_predicts_identically(prefix, tmp_path):
     source = NORMALIZED[prefix](network(RESNET8))
-    said = Listener()
+    said = Listening()
     found = bring(published(tmp_path / "checkpoint.pth.tar", source), said)
     model = load_model(found.model)
     assert found.prefix == prefix
@@ -83,7 +83,7 @@ def test_a_network_without_normalisation_predicts_identically(prefix, tmp_path):
 @pytest.mark.parametrize("prefix", BARE)
 def test_nothing_in_front_means_the_normalisation_of_the_data_set_with_a_warning(prefix, tmp_path):
     net = BARE[prefix](network(RESNET8))
-    said = Listener()
+    said = Listening()
     found = bring(published(tmp_path / "c.pth", net), said)
     assert same_predictions(load_model(found.model), nn.Sequential(Constants(CIFAR_MEAN, CIFAR_STD), net))
     assert "--normalization none" in said.warnings[0]
@@ -92,7 +92,7 @@ def test_nothing_in_front_means_the_normalisation_of_the_data_set_with_a_warning
 def test_the_format_of_macer_has_no_normalisation(tmp_path):
     source = network(RESNET8)
     torch.save({"net": source.state_dict(), "epoch": 440}, tmp_path / "440.pth")
-    said = Listener()
+    said = Listening()
     found = bring(tmp_path / "440.pth", said)
     assert same_predictions(load_model(found.model), source)
     assert found.epochs == 440
@@ -118,7 +118,7 @@ def test_every_form_of_file(form, tmp_path):
 
 def test_lenet_of_the_field_needs_no_option(tmp_path):
     source = nn.Sequential(nn.Identity(), network({"name": "lenet"}, (1, 28, 28)))
-    said = Listener()
+    said = Listening()
     found = bring(published(tmp_path / "c.pth", source, arch="lenet"), said, arch=None, sets=(), dataset="digits", sigma=0.25)
     model = load_model(found.model)
     assert same_predictions(model, source, (1, 28, 28))
@@ -282,7 +282,7 @@ IN_FILE = {
 def test_constants_in_the_file_are_used(form, tmp_path):
     source = IN_FILE[form](network(RESNET8), OTHER_MEAN, OTHER_STD)
     assert form in source.state_dict()
-    said = Listener()
+    said = Listening()
     found = bring(published(tmp_path / "c.pth", source), said)
     assert same_predictions(load_model(found.model), source)
     assert found.normalization.mean == OTHER_MEAN
@@ -293,7 +293,7 @@ def test_constants_in_the_file_are_used(form, tmp_path):
 @pytest.mark.parametrize("wanted", ["auto", "dataset"])
 def test_constants_in_the_file_may_be_those_of_the_data_set(form, wanted, tmp_path):
     source = IN_FILE[form](network(RESNET8), CIFAR_MEAN, CIFAR_STD)
-    said = Listener()
+    said = Listening()
     found = bring(published(tmp_path / "c.pth", source), said, normalization=wanted)
     assert same_predictions(load_model(found.model), source)
     assert (found.normalization.mean, said.warnings) == (CIFAR_MEAN, [])

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from foreign import CIFAR_MEAN, OTHER_MEAN, OTHER_STD, RESNET8, Constants, Listener, bring, network, spec
+from foreign import CIFAR_MEAN, OTHER_MEAN, OTHER_STD, RESNET8, Constants, bring, network, spec
 from foreign import same_predictions as same
 from rscli.cli.app import app
 from rscli.errors import InputError, PluginError, RscliError
@@ -34,6 +34,7 @@ from rscli.models.importing.harmless import HARMLESS, Ignored
 from rscli.models.modelfile import load_model
 from rscli.registry import installed
 from rscli_core.architectures.timm import TimmModel
+from runs import Listening
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -73,7 +74,7 @@ BOTH = {
 @pytest.mark.parametrize("form", BOTH)
 def test_of_plain_weights_and_a_moving_average_the_plain_are_taken_and_both_named(form, tmp_path):
     torch.save(BOTH[form](state(0), state(1)), tmp_path / "c.pth")
-    said = Listener()
+    said = Listening()
     plain = load_model(bring(tmp_path / "c.pth", said, normalization="none").model)
     assert same(plain, network(RESNET8, seed=0))
     (line,) = said.warnings
@@ -84,7 +85,7 @@ def test_of_plain_weights_and_a_moving_average_the_plain_are_taken_and_both_name
 
 def test_a_moving_average_alone_is_taken_and_its_absence_is_named(tmp_path):
     torch.save({"model_ema": state(1)}, tmp_path / "c.pth")
-    said = Listener()
+    said = Listening()
     assert same(load_model(bring(tmp_path / "c.pth", said, normalization="none").model), network(RESNET8, seed=1))
     assert "which are all it has" in said.warnings[0]
     (tmp_path / "model.safetensors").unlink()

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
 import time
 from importlib import metadata
@@ -19,6 +18,7 @@ from rscli import distributions, registry
 from rscli.errors import PluginError
 from rscli.plugin_trial import descriptions
 from rscli.registry import Entry, Registry
+from support import process
 
 FILES = ("entry_points.txt", "METADATA", "RECORD", "top_level.txt", "")
 DAMAGES = ("missing", "empty", "latin-1", "binary", "no-equals", "duplicated", "huge")
@@ -114,12 +114,6 @@ def copied(folder: Path, name: str) -> Path:
     return dist(folder, name, "0.0.9", points or "")
 
 
-def run(*arguments: object, path: Path, seconds: float = 120) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "rscli", *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=path, capture_output=True, text=True, timeout=seconds)
-
-
 def identify(case: tuple[str, str, str]) -> str:
     return "-".join((case[0], case[1] or "folder", case[2]))
 
@@ -153,7 +147,7 @@ COMMANDS = (["plugins"], ["presets"], ["doctor"], ["train", "--preset", "digits-
 def test_commands_go_on_beside_a_damaged_package(case, command, tmp_path):
     made = copied(tmp_path, case[0])
     damage(made, *case[1:])
-    done = run(*command, "--json", path=tmp_path)
+    done = process(*command, "--json", cwd=tmp_path, path=[tmp_path])
     assert done.returncode == 0, done.stderr
     json.loads(done.stdout)
     if command[0] in ("plugins", "doctor"):
@@ -242,7 +236,7 @@ def test_a_process_that_a_plugin_leaves_behind_is_not_waited_for(tmp_path, monke
 def test_what_plugins_print_does_not_reach_an_answer(command, tmp_path):
     modules(tmp_path, {"loud": LOUD})
     dist(tmp_path, "theirs", "1", "[rscli.losses]\nloud = loud:Loud\n[rscli.datasets]\nloud = loud:Data\n")
-    done = run(*command, "--json", path=tmp_path)
+    done = process(*command, "--json", cwd=tmp_path, path=[tmp_path])
     assert done.returncode == 0, done.stderr
     json.loads(done.stdout)
     if command[0] == "train":

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import rscli
+import runs
 from rscli import registry
 from rscli.api import (
     Attack,
@@ -44,11 +44,13 @@ from rscli.errors import InputError, PluginError, Stopped
 from rscli.models.modelfile import load_model, tensor_digest
 from rscli.registry import Entry, installed
 from rscli.runtime.progress import Silent
-from rscli.training.train import TrainOptions, train
+from rscli.training.train import train
 from rscli.training.trainer import Trainer, attacked
 from rscli_core.attacks.ddn import Ddn
 from rscli_core.attacks.gradient_free import GradientFree
 from rscli_core.attacks.pgd import Pgd
+from runs import Interrupting, Killed
+from runs import train_options as options
 
 SETTINGS = {
     "data.name": "digits",
@@ -61,6 +63,7 @@ SETTINGS = {
     "epochs": "2",
     "batch": "480",
 }
+settings = partial(runs.settings, SETTINGS)
 IMAGES, BATCHES = 1437, 3
 """Of digits, and the batches of an epoch."""
 
@@ -228,10 +231,7 @@ def _plugins() -> Iterator[None]:
     entries = [Entry(kind, name, "tests", "1.0", f"tests:{plugin.__name__}") for (kind, name), plugin in PLUGINS.items()]
     for entry, plugin in zip(entries, PLUGINS.values(), strict=True):
         registry.announce(entry, plugin)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
     for entry in entries:
         registry._announced.pop(entry, None)
         registry.load_entry.cache_clear()
@@ -241,39 +241,6 @@ def _plugins() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _nothing_seen() -> None:
     SEEN.clear()
-
-
-def settings(*sets: str, **changes: str) -> Resolved:
-    values = {**SETTINGS, **{key.replace("__", "."): value for key, value in changes.items()}}
-    return resolve(sets=[*(f"{key}={value}" for key, value in values.items() if value), *sets])
-
-
-def options(folder: Path, **changes: Any) -> TrainOptions:
-    return TrainOptions(out=folder, data_dir=folder.parent, device="cpu", workers=0, **changes)
-
-
-class Interrupting(Silent):
-    """Asks the run to stop after so many batches."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def update(self, done: int, figures: dict[str, str]) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-class Killed(Silent):
-    """Ends the run at once after so many batches: nothing is saved."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def update(self, done: int, figures: dict[str, str]) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def interrupted(resolved: Resolved, folder: Path, after: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 import rscli
-from rscli import registry
 from rscli.api import Position, TrainStep
 from rscli.cli.app import app
 from rscli.config.layers import resolve
@@ -24,13 +22,10 @@ from rscli.registry import installed
 from rscli.runtime.progress import Silent
 from rscli.training.run_folder import RunFolder
 from rscli.training.train import TrainOptions, train
+from runs import Interrupting, train_options
+from support import forget_plugins
 
-
-@pytest.fixture(autouse=True)
-def _forget():
-    yield
-    registry._announced.clear()
-    installed.cache_clear()
+pytestmark = pytest.mark.usefixtures("plugins_forgotten")
 
 
 def plugins(folder: Path, text: str, name: str = "mine.py") -> Path:
@@ -40,23 +35,11 @@ def plugins(folder: Path, text: str, name: str = "mine.py") -> Path:
 
 
 def options(folder: Path, **changes) -> TrainOptions:
-    return TrainOptions(out=folder / "run", data_dir=folder, device="cpu", workers=0, **changes)
+    return train_options(folder / "run", **changes)
 
 
 def digits(*sets: str, preset: str = "digits-gaussian-0.25"):
     return resolve(preset, sets=["epochs=2", *sets])
-
-
-class Stopping(Silent):
-    """Asks to stop after so many batches."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def update(self, done: int, figures: dict[str, str]) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 VOTE = """
@@ -77,8 +60,7 @@ def test_rows_of_another_version_of_a_certifier_are_not_added_to_a_file(tmp_path
         file = plugins(tmp_path, VOTE.format(p_a=p_a))
         words = ["certify", tmp_path / "run", "--n", "100", "--certifier", "vote", "--plugin", file, "--out", out, "-q"]
         answer = CliRunner().invoke(app, [*map(str, words), "--max", str(most), *more])
-        registry._announced.clear()
-        installed.cache_clear()
+        forget_plugins()
         return answer
 
     assert certify(3, 0.6).exit_code == 0
@@ -98,7 +80,7 @@ def test_the_file_that_runs_is_the_one_whose_digest_is_recorded(tmp_path):
     stamp = file.stat()
     plugins(tmp_path, VOTE.format(p_a=0.7))
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    registry._announced.clear()
+    forget_plugins()
     load_plugin_file(file)
     found = installed().load("certifiers", "vote")
     assert found(n=9).decide(np.zeros(2), 9, type("P", (), {"candidate": 0})).p_a == 0.7
@@ -118,7 +100,7 @@ class Ema(Callback):
 def test_a_callback_that_may_change_weights_is_part_of_what_a_run_is(tmp_path):
     load_plugin_file(plugins(tmp_path, EMA))
     with pytest.raises(Stopped):
-        train(digits("callbacks.ema.decay=0.9"), options(tmp_path), Stopping(3))
+        train(digits("callbacks.ema.decay=0.9"), options(tmp_path), Interrupting(3))
     for other in (["callbacks.ema.decay=0.5"], []):
         with pytest.raises(InputError, match=r"callbacks\.ema"):
             train(digits(*other), options(tmp_path, resume=True), Silent())
@@ -136,7 +118,7 @@ def test_a_run_goes_on_with_any_optimiser_of_torch(tmp_path, name):
     wanted = digits("optimizer.name=mine", "optimizer.lr=0.001", "epochs=1")
     first = train(wanted, options(whole), Silent())
     with pytest.raises(Stopped):
-        train(wanted, options(split_at), Stopping(4))
+        train(wanted, options(split_at), Interrupting(4))
     assert train(wanted, options(split_at, resume=True), Silent()).read_bytes() == first.read_bytes()
 
 
@@ -172,7 +154,7 @@ def test_what_a_loss_cannot_prepare_leaves_no_run_behind(tmp_path):
 def test_a_loss_is_prepared_until_somebody_says_stop(tmp_path):
     load_plugin_file(plugins(tmp_path, STATEFUL.format(setup="list(context.batches(10))", ce=CE)))
     with pytest.raises(Stopped, match="while the loss was prepared"):
-        train(digits("loss.name=stateful"), options(tmp_path), Stopping(3))
+        train(digits("loss.name=stateful"), options(tmp_path), Interrupting(3))
     assert not (tmp_path / "run").exists()
 
 
@@ -208,7 +190,7 @@ def test_what_is_logged_is_in_the_line_of_its_epoch_also_after_a_stop(tmp_path):
     load_plugin_file(plugins(tmp_path, TALKING))
     wanted = digits("callbacks.talking={}", "batch=256")
     with pytest.raises(Stopped):
-        train(wanted, options(tmp_path), Stopping(2))
+        train(wanted, options(tmp_path), Interrupting(2))
     train(wanted, options(tmp_path, resume=True), Silent())
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [6, 12]
@@ -306,7 +288,7 @@ def test_a_teacher_is_there_in_every_step_also_of_a_resumed_run(tmp_path):
     load_plugin_file(plugins(tmp_path, TEACHER))
     wanted = digits("loss.name=taught", f"loss.teacher={tmp_path / 'teacher' / 'run'}")
     with pytest.raises(Stopped):
-        train(wanted, options(tmp_path), Stopping(3))
+        train(wanted, options(tmp_path), Interrupting(3))
     assert train(wanted, options(tmp_path, resume=True), Silent()).exists()
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rscli import registry
 from rscli.cli.app import app
 from rscli.errors import InputError, PluginError
 from rscli.models.modelfile import load_model
 from rscli.plugin_files import load_plugin_file
 from rscli.registry import installed
-from support import ROOT
+from support import ROOT, forget_plugins
+
+pytestmark = pytest.mark.usefixtures("plugins_forgotten")
 
 PARTS = '''
 from math import prod
@@ -63,13 +64,6 @@ class _Hidden(Loss):
 '''
 
 
-@pytest.fixture(autouse=True)
-def _forget():
-    yield
-    registry._announced.clear()
-    installed.cache_clear()
-
-
 @pytest.fixture
 def file(tmp_path) -> Path:
     path = tmp_path / "my_parts.py"
@@ -79,8 +73,7 @@ def file(tmp_path) -> Path:
 
 def run(*words: object):
     result = CliRunner().invoke(app, [str(word) for word in words])
-    registry._announced.clear()  # the next command is another process
-    installed.cache_clear()
+    forget_plugins()  # the next command is another process
     return result
 
 
@@ -157,8 +150,7 @@ def test_train_certify_and_predict_with_one_file(file, tmp_path):
     recorded = load_model(tmp_path / "run/model.safetensors").source.card.plugins
     assert [p["version"] for p in recorded if p["package"] == "my_parts.py"] == [digest, digest]
     assert json.loads((tmp_path / "run/config.json").read_text())["plugin_files"] == {"my_parts.py": digest}
-    registry._announced.clear()
-    installed.cache_clear()
+    forget_plugins()
 
     certify = ["certify", tmp_path / "run", "--n", "100", "--max", "3", "--certifier", "majority", "-q"]
     assert run(*certify, "--plugin", file).exit_code == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typer.testing import CliRunner
 from rscli.cli.app import app
 from rscli.models.modelfile import load_model
 from rscli.registry import installed
+from support import process
 
 pytestmark = [pytest.mark.slow, pytest.mark.install]
 
@@ -133,11 +133,8 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rscli(*arguments: object, packages: tuple[Path, ...] = (), cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A process of its own that sees these packages besides what is installed."""
-    path = os.pathsep.join(map(str, packages))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "rscli", *map(str, arguments)]
     folder = cwd or packages[0].parent  # not the checkout, whose folders Python would find first
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    return process(*arguments, cwd=folder, path=packages)
 
 
 def refused(done: subprocess.CompletedProcess[str], *said: str) -> None:

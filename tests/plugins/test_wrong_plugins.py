@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from rscli import registry
 from rscli.api import Question
 from rscli.config.layers import resolve
 from rscli.data.splits import open_split, spec_of
@@ -23,6 +22,8 @@ from rscli.sampling.blocks import NoiseBlocks
 from rscli.sampling.requests import CertifierRequest
 from rscli.smoothing.task import CertificationTask
 from rscli.training.train import TrainOptions, train
+
+pytestmark = pytest.mark.usefixtures("plugins_forgotten")
 
 HEAD = '''
 import math
@@ -46,13 +47,6 @@ class Right(NoisyLoss):
     def terms(self, logits, labels):
         return {"ce": -logits.log_softmax(-1).gather(-1, labels.expand(len(logits), -1).unsqueeze(-1)).mean()}
 '''
-
-
-@pytest.fixture(autouse=True)
-def _forget():
-    yield
-    registry._announced.clear()
-    installed.cache_clear()
 
 
 def plugin(tmp_path: Path, body: str):

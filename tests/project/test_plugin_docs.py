@@ -26,7 +26,7 @@ from rscli.models.modelfile import load_model
 from rscli.plugin_files import load_plugin_file
 from rscli.registry import installed
 from rscli.results.reader import read_results
-from support import ROOT
+from support import ROOT, forget_plugins
 
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
@@ -56,8 +56,7 @@ def known(files):
     for path in files:
         load_plugin_file(path)
     yield
-    registry._announced.clear()
-    installed.cache_clear()
+    forget_plugins()
 
 
 def build(kind: str, name: str, **fields):

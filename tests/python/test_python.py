@@ -20,36 +20,22 @@ from typer.testing import CliRunner
 import rscli
 from rscli.api import ABSTAIN, Certificate, Transform
 from rscli.cli.app import app
-from rscli.config.layers import resolve
 from rscli.data.splits import MemorySplit, open_split
 from rscli.errors import ConfigError, InputError, PluginError
 from rscli.registry import installed
 from rscli.results.rows import Row, parse_row
-from rscli.runtime.progress import Silent
 from rscli.smoothing.task import row_of
-from rscli.training.train import TrainOptions, train
+from runs import SIGMA
 from support import ROOT
 
 EXAMPLES = ROOT / "examples" / "digits"
-SIGMA, IMAGES = 0.5, 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+IMAGES = 8
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder; one epoch leaves some images certain, and some not."""
-    folder = tmp_path_factory.mktemp("model") / "run"
-    sets = ["epochs=1", "batch=32", "optimizer.lr=0.05", f"noise.sigma={SIGMA}"]
-    options = TrainOptions(out=folder, data_dir=folder, device="cpu", workers=0)
-    train(resolve(preset="digits-gaussian-0.25", sets=sets), options, Silent())
-    return folder
+def run(model: Path) -> Path:
+    """The run folder of the small model."""
+    return model.parent
 
 
 @pytest.fixture(scope="module")

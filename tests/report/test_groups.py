@@ -18,7 +18,7 @@ from rscli.report.summary import compare
 from rscli.report.tables import tables
 from rscli.results.reader import read_results
 from rscli.results.rows import Row
-from rscli.results.writer import ResultWriter
+from runs import finished
 
 LOSS = {"name": "consistency", "m": 2, "lbd": 5.0, "eta": 0.5, "form": "default"}
 RADII = {0: (0.5, 1.0, 0.0, 0.25), 1: (0.6, 1.1, 0.0, 0.0), 2: (0.2, 1.5, 0.4, 0.3)}  # by seed; 0: an abstention
@@ -26,28 +26,15 @@ RADII = {0: (0.5, 1.0, 0.0, 0.25), 1: (0.6, 1.1, 0.0, 0.0), 2: (0.2, 1.5, 0.4, 0
 
 def write(path: Path, trained_with: int | None, *, info: dict | None = None, **protocol) -> Path:
     """A finished result of ours, whose model was trained with that seed."""
-    whole = {
-        "format": 1,
+    own = {
         "model_sha256": f"model {trained_with}",
-        "dataset": "digits",
-        "split": "test",
         "data_sha256": "00",
-        "noise": {"name": "gaussian", "sigma": 0.5},
-        "sigma": 0.5,
-        "certifier": {"name": "cohen"},
-        "n0": 100,
-        "n": 1000,
-        "alpha": 0.001,
-        "labels": False,
         "seed": 0,
         "info": {"model": str(path), "arch": {"name": "lenet"}, "loss": LOSS, "train_seed": trained_with, **(info or {})},
     }
-    with ResultWriter.create(path, {**whole, **protocol}) as writer:
-        for idx, radius in enumerate(RADII[(trained_with or 0) % 3]):
-            predict = 7 if radius else -1
-            writer.append(Row(idx, 7, predict, radius, predict == 7, 1.0))
-        writer.finish()
-    return path
+    radii = RADII[(trained_with or 0) % 3]
+    rows = [Row(idx, 7, 7 if radius else -1, radius, radius > 0, 1.0) for idx, radius in enumerate(radii)]
+    return finished(path, rows, **{**own, **protocol})
 
 
 def groups_of(*paths: Path, **options):

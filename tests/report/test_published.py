@@ -27,7 +27,7 @@ from rscli.report.summary import compare
 from rscli.report.tables import tables
 from rscli.results.reader import read_results
 from rscli.results.rows import Row
-from rscli.results.writer import ResultWriter
+from runs import finished
 from support import ROOT
 
 PRESETS = ROOT / "presets"
@@ -52,25 +52,16 @@ def write(path: Path, rows, *, dataset="mnist", sigma=0.5, arch=LENET, loss=CONS
         "preset": f"{dataset}-{method}-{sigma}",
         **(info or {}),
     }
-    whole = {
-        "format": 1,
+    own = {
         "model_sha256": str(path),
         "dataset": dataset,
-        "split": "test",
         "noise": {"name": "gaussian", "sigma": sigma},
         "sigma": sigma,
-        "certifier": {"name": "cohen"},
-        "n0": 100,
         "n": 100_000,
-        "alpha": 0.001,
-        "labels": False,
         "info": about,
     }
-    with ResultWriter.create(path, {**whole, **protocol}) as writer:
-        writer.rows = [Row(idx, label, predict, radius, predict == label, 1.0) for idx, label, predict, radius in rows]
-        writer.done = {row.idx for row in writer.rows}
-        writer.finish()
-    return path
+    made = [Row(idx, label, predict, radius, predict == label, 1.0) for idx, label, predict, radius in rows]
+    return finished(path, made, **{**own, **protocol})
 
 
 def constant(images: range, acr: float):

@@ -26,36 +26,19 @@ from rscli.report.summary import compare
 from rscli.report.tables import radius_text, tables
 from rscli.results.reader import read_results
 from rscli.results.rows import Row
-from rscli.results.writer import ResultWriter
+from runs import finished
 
-PROTOCOL = {
-    "format": 1,
-    "dataset": "digits",
-    "split": "test",
-    "data_sha256": "00",
-    "noise": {"name": "gaussian", "sigma": 0.5},
-    "sigma": 0.5,
-    "certifier": {"name": "cohen"},
-    "n0": 100,
-    "n": 1000,
-    "alpha": 0.001,
-    "radii": None,
-    "labels": False,
-    "precision": "fp32",
-    "info": {},
-}
 A = [(3, 0, 0, 0.6), (1, 1, 1, 0.25), (4, 2, -1, 0.0), (5, 3, 7, 1.1), (2, 4, 4, 1.25)]  # idx, label, predict, radius
 B = [(3, 0, 0, 0.5), (1, 1, 1, 0.75), (4, 2, 2, 0.1), (5, 3, 3, 1.0), (2, 4, -1, 0.0)]
 
 
 def write(path: Path, rows=A, **protocol) -> Path:
     """A finished result file of ours; every image used 1,000 samples, and the last one of the list is saturated."""
-    with ResultWriter.create(path, {**PROTOCOL, **protocol}) as writer:
-        for position, (idx, label, predict, radius) in enumerate(rows, start=1):
-            last = position == len(rows)
-            writer.append(Row(idx, label, predict, radius, predict == label, 2.0, 100, 1000, 900, 50, "n-reached", last))
-        writer.finish()
-    return path
+    made = [
+        Row(idx, label, predict, radius, predict == label, 2.0, 100, 1000, 900, 50, "n-reached", position == len(rows))
+        for position, (idx, label, predict, radius) in enumerate(rows, start=1)
+    ]
+    return finished(path, made, **{"data_sha256": "00", "radii": None, "precision": "fp32", **protocol})
 
 
 def foreign(path: Path, rows=A) -> Path:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from rscli.config.layers import resolve
 from rscli.errors import InputError
 from rscli.models.smoothed import Smoothed
 from rscli.registry import installed
@@ -27,7 +26,6 @@ from rscli.sampling.requests import CertifierRequest
 from rscli.smoothing.certify import CertifyOptions, certify
 from rscli.smoothing.radii import decided_radii
 from rscli.smoothing.task import CertificationTask, row_of
-from rscli.training.train import TrainOptions, train
 
 CERTIFIERS = {
     "cohen": {"name": "cohen", "n": 100, "n0": 20, "alpha": 0.01},
@@ -39,16 +37,6 @@ CERTIFIERS = {
     "sequential-labels": {"name": "sequential", "n": 400, "n0": 20, "alpha": 0.01},
 }
 IMAGES = 30
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("model") / "run"
-    resolved = resolve(preset="digits-gaussian-0.25", sets=["epochs=1", "batch=32", "optimizer.lr=0.05"])
-    yield train(resolved, TrainOptions(out=folder, data_dir=folder, device="cpu", workers=0), Silent())
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=CERTIFIERS)

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from rscli.api import Question
 from rscli.cli.app import app
-from rscli.config.layers import resolve
 from rscli.errors import RscliError, Stopped
 from rscli.models.modelfile import load_model
 from rscli.registry import installed
@@ -37,18 +36,10 @@ from rscli.smoothing.certify import CertifyOptions, SamplingOptions, certify
 from rscli.smoothing.cost import at_most
 from rscli.smoothing.task import CertificationTask
 from rscli.smoothing.work_queue import Alone, Together
-from rscli.training.train import TrainOptions, train
+from runs import COLUMNS, Listening, rows
 
 CPU = torch.device("cpu")
 SHAPE = (2, 4, 4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the trial ---------------------------------------------------------------------------------------------------------------
@@ -190,23 +181,6 @@ def test_the_trial_of_several_lanes_measures_them_together():
 # --- in a run ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "run"
-    resolved = resolve(preset="digits-gaussian-0.25", sets=["epochs=1", "batch=32", "optimizer.lr=0.05"])
-    return train(resolved, TrainOptions(out=folder, data_dir=folder, device="cpu", workers=0), Silent())
-
-
-class Listening(Silent):
-    """Keeps what the user would read."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def options(model: Path, out: Path, **changes) -> CertifyOptions:
     certifier = {"name": "cohen", "n": 200, "n0": 20, "alpha": 0.01}
     made = CertifyOptions(model, out, out.parent, certifier, skip=30, max=6, sampling=SamplingOptions(device="cpu"))
@@ -311,11 +285,7 @@ def test_a_trial_changes_no_row(model, tmp_path, trials, monkeypatch):
     certify(options(model, tmp_path / "a.tsv"), Silent())
     certify(options(model, tmp_path / "b.tsv", sampling=SamplingOptions("cpu", 96, channels_last=False)), Silent())
     assert len(trials) == 1
-    assert without_time(tmp_path / "a.tsv") == without_time(tmp_path / "b.tsv")
-
-
-def without_time(path: Path) -> list[list[str]]:
-    return [line.split("\t")[:5] + line.split("\t")[6:] for line in path.read_text().splitlines()]
+    assert rows(tmp_path / "a.tsv") == rows(tmp_path / "b.tsv")
 
 
 def test_a_certifier_has_its_own_number_of_selection_samples(model, tmp_path):
@@ -474,9 +444,9 @@ def test_compiled_rows_are_those_of_the_network_but_for_ties(model, tmp_path):
     finally:
         torch.set_num_threads(before)
     assert compiled(tmp_path / "c.tsv")
-    plain, other = without_time(tmp_path / "plain.tsv"), without_time(tmp_path / "c.tsv")
-    count = plain[0].index("count")
-    assert sum(abs(int(a[count]) - int(b[count])) for a, b in zip(plain[1:], other[1:], strict=True)) <= 2
+    plain, other = rows(tmp_path / "plain.tsv"), rows(tmp_path / "c.tsv")
+    count = COLUMNS.index("count")
+    assert sum(abs(int(a[count]) - int(b[count])) for a, b in zip(plain, other, strict=True)) <= 2
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import torch
 from scipy.stats import beta, norm
 
 from rscli.api import ABSTAIN
-from rscli.config.layers import resolve
 from rscli.data.splits import Split, open_split
 from rscli.errors import ConfigError, InputError, Stopped
 from rscli.models.modelfile import load_model
@@ -31,30 +30,10 @@ from rscli.sampling.blocks import BLOCK
 from rscli.sampling.options import SamplingOptions
 from rscli.smoothing.certify import CertifyOptions, certify
 from rscli.smoothing.summary import Score, Tally
-from rscli.training.train import TrainOptions, train
+from runs import COLUMNS, SIGMA, Listening, rows, trained
 
-N0, N, ALPHA, SIGMA = 20, 100, 0.01, 0.5
-SETS = ["epochs=1", "batch=32", "optimizer.lr=0.05", f"noise.sigma={SIGMA}"]
-"""An epoch that leaves some images safe, some near a tie, and some wrong."""
+N0, N, ALPHA = 20, 100, 0.01
 TAKEN = {"skip": 5, "max": 20}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def trained(folder: Path, *sets: str) -> Path:
-    resolved = resolve(preset="digits-gaussian-0.25", sets=[*SETS, *sets])
-    return train(resolved, TrainOptions(out=folder, data_dir=folder, device="cpu", workers=0), Silent())
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("model") / "run")
 
 
 def options(model: Path, out: Path, *, sampling: SamplingOptions | None = None, **changes) -> CertifyOptions:
@@ -62,13 +41,6 @@ def options(model: Path, out: Path, *, sampling: SamplingOptions | None = None, 
     statistics |= {key: changes.pop(key) for key in ("n", "n0", "alpha") if key in changes}
     sampling = sampling or SamplingOptions(device="cpu")
     return CertifyOptions(model=model, out=out, data_dir=out.parent, certifier=statistics, sampling=sampling, **changes)
-
-
-def rows(path: Path) -> list[tuple[str, ...]]:
-    """The lines of a result file, without their times."""
-    header, *lines = path.read_text().splitlines()
-    time = header.split("\t").index("time")
-    return [tuple(cell for column, cell in enumerate(line.split("\t")) if column != time) for line in lines]
 
 
 def indices(path: Path) -> list[int]:
@@ -103,20 +75,6 @@ def interrupt_after(rows: int, number: int, monkeypatch: pytest.MonkeyPatch) -> 
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(ResultWriter, "append", counting)
-
-
-class Listening(Silent):
-    """Keeps what the user would read."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-        self.began: list[tuple[int, int]] = []
-
-    def start(self, task: str, total: int, done: int, unit: str) -> None:
-        self.began.append((total, done))
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 # --- what a row says ---
@@ -302,7 +260,7 @@ def test_a_row_does_not_depend_on_the_other_images(model, whole, tmp_path):
 
 def test_batch_and_layout_change_counts_by_ties_at_most(model, whole, tmp_path):
     """The noise is the same; only the last bits of the network's sums differ, which a near tie can feel."""
-    count = list(parse_row(whole.read_text().splitlines()[1]).__dataclass_fields__).index("count") - 1  # no time
+    count = COLUMNS.index("count")
 
     def moved(sampling: SamplingOptions) -> int:
         out = tmp_path / f"{sampling.batch}-{sampling.channels_last}-{sampling.seed}.tsv"

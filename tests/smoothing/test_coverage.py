@@ -30,14 +30,6 @@ RADII = (0.0, 0.25, 0.5, 0.75)
 THRESHOLDS = tuple(GAUSSIAN.probability(radius) for radius in RADII)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def classifier(p: tuple[float, ...]):
     """A model that gives class i with probability p[i] to an image of zeros under the noise."""
     edges = torch.tensor(SIGMA * norm.ppf(np.cumsum(p)[:-1]), dtype=torch.float32)

@@ -14,32 +14,18 @@ from scipy.stats import beta, binomtest, norm
 from typer.testing import CliRunner
 
 from rscli.cli.app import app
-from rscli.config.layers import resolve
 from rscli.models.modelfile import load_model, save_model
-from rscli.runtime.progress import Silent
-from rscli.training.train import TrainOptions, train
+from runs import SIGMA, trained
 from support import ROOT
 
 EXAMPLES = ROOT / "examples" / "digits"
 TORN = EXAMPLES / "0-index305.png"
-SIGMA = 0.5
-SETS = ["epochs=3", "batch=32", "optimizer.lr=0.05", f"noise.sigma={SIGMA}"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three epochs: good enough for the examples."""
-    folder = tmp_path_factory.mktemp("model")
-    resolved = resolve(preset="digits-gaussian-0.25", sets=SETS)
-    return train(resolved, TrainOptions(out=folder / "run", data_dir=folder, device="cpu", workers=0), Silent())
+    return trained(tmp_path_factory.mktemp("model") / "run", "epochs=3")
 
 
 def noisy(image: Path, count: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from rscli.runtime.progress import Silent
 from rscli.training.checkpoint import check_optimizer, digest, settings_of
 from rscli.training.run_folder import RunFolder
 from rscli.training.train import TrainOptions, train
+from runs import Interrupting, Listening
 
 State = dict[str, Any]
 DATA = {"images": 4, "class_names": ["cat", "dog"], "fingerprint": "f" * 64, "content": "c" * 64}
@@ -216,17 +217,6 @@ def pets(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), images: int = 
                 Image.fromarray(pixels).save(folder / split / name / f"{number}.bmp")
 
 
-class StopAfterOne(Silent):
-    """Asks the run to stop after its first batch."""
-
-    def update(self, done: int, figures: dict[str, str]) -> None:
-        import os
-        import signal
-
-        if done == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def run(folder: Path, cache: str, progress: Silent, **changes: Any) -> Path:
     sets = ["data.name=imagefolder", f"data.path={folder / 'pets'}", "data.size=16", f"data.cache={cache}", "arch.name=lenet"]
     resolved = resolve(sets=[*sets, "noise.sigma=0.25", "loss.name=gaussian", "optimizer.lr=0.01", "epochs=2", "batch=5"])
@@ -277,7 +267,7 @@ def stopped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     pets(folder / "pets")
     with pytest.raises(Stopped):
-        run(folder, request.param, StopAfterOne())
+        run(folder, request.param, Interrupting(1))
     return folder, request.param
 
 
@@ -310,14 +300,6 @@ def set_path(folder: Path, source: Path) -> None:
 
 
 # --- what older versions wrote -----------------------------------------------------------------------------------------------
-
-
-class Listening(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def test_a_checkpoint_of_format_1_is_read_with_a_note(stopped, tmp_path):

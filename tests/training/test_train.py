@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import runs
 from rscli.api import Attack, Loss, Position, TrainStep
-from rscli.config.layers import Resolved, resolve
+from rscli.config.layers import Resolved
 from rscli.data.splits import Batch
 from rscli.errors import InputError, PluginError, RscliError, Stopped
 from rscli.models.modelfile import load_model
@@ -23,8 +24,10 @@ from rscli.registry import installed
 from rscli.runtime.progress import Silent
 from rscli.runtime.signals import STOPPING
 from rscli.training.minimum_batch import check_single_image_batches
-from rscli.training.train import TrainOptions, outlook, train
+from rscli.training.train import outlook, train
 from rscli.training.trainer import Trainer, attacked
+from runs import Interrupting
+from runs import train_options as options
 
 SETTINGS = {
     "data.name": "digits",
@@ -37,27 +40,7 @@ SETTINGS = {
     "epochs": "2",
     "batch": "256",
 }
-
-
-def settings(**changes: str) -> Resolved:
-    values = {**SETTINGS, **{key.replace("__", "."): value for key, value in changes.items()}}
-    return resolve(sets=[f"{key}={value}" for key, value in values.items() if value])
-
-
-def options(folder: Path, **changes) -> TrainOptions:
-    return TrainOptions(out=folder, data_dir=folder, device="cpu", workers=0, **changes)
-
-
-class Interrupting(Silent):
-    """Sends the process a signal after so many batches."""
-
-    def __init__(self, after: int, number: int) -> None:
-        self.left, self.number = after, number
-
-    def update(self, done: int, figures: dict[str, str]) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), self.number)
+settings = partial(runs.settings, SETTINGS)
 
 
 @pytest.fixture(scope="module")
