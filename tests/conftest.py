@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from support import SHARED, forget_plugins
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +23,29 @@ def _no_colour(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data and published logs; tests that need it skip where it is absent."""
-    folder = Path(os.environ.get("RSCLI_SHARED", ROOT.parent / "shared"))
-    if not folder.is_dir():
+    if not SHARED.is_dir():
         pytest.skip("the shared folder with real data is not here")
-    return folder
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model file of a small network, alone in its run folder; no test changes it."""
+    from runs import trained
+
+    return trained(tmp_path_factory.mktemp("model") / "run")
+
+
+@pytest.fixture
+def plugins_forgotten() -> Iterator[None]:
+    """Plugins of files that a test loads are unknown to the next."""
+    yield
+    forget_plugins()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Two threads at most: the suite runs on small machines, in parallel. Ctrl-C is heard, also where a shell's `&` is not."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """One thread, in processes of the tests too: many run at once. Ctrl-C is heard, also where a shell's `&` is not."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
