@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import CASES, peer, two_steps
 from torch import multiprocessing
 
+from peers import CASES, peer, two_steps
 from rscli.training.processes import Processes
 
 
