@@ -135,13 +135,14 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
             trainer.restore(state)
             run.restore(state)
         progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
+    run.write_model = lambda path: save_model(path, trainer.classifier, model_card(resolved, spec, trainer.loss_state))
     size = math.ceil(resolved.config.batch / trainer.chunks)
     with (
         folder.at_work(progress),
         enough_memory(device, f"a step of {size} images with {resolved.loss.m} noisy copies each", TOO_LARGE),
     ):
         run.complete()
-    save_model(folder.model, trainer.classifier, model_card(resolved, spec, trainer.loss_state))
+    run.write_model(folder.model)
     return folder.model
 
 
