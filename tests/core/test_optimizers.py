@@ -35,7 +35,21 @@ def on_cpu(name: str) -> bool:
     return not isinstance(info.opt_class, str) and not info.second_order
 
 
-NAMES = [*filter(on_cpu, list_optimizers()), "lookahead_adamw", "lookahead_momentum"]
+USUAL = [
+    "adafactorbv",
+    "adamw",
+    "adan",
+    "lamb",
+    "lion",
+    "momentum",
+    "muon",
+    "rmsproptf",
+    "sgd",
+    "lookahead_adamw",
+    "lookahead_momentum",
+]
+NAMES = [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in filter(on_cpu, list_optimizers())]
+NAMES += [name for name in USUAL if name.startswith("lookahead_")]
 
 
 def small(seed: int = 0) -> nn.Module:
@@ -133,7 +147,11 @@ def test_fields_and_kwargs_arrive():
     group = made.build(small()).param_groups[0]
     assert (group["betas"], group["eps"], group["amsgrad"], group["foreach"]) == ((0.7, 0.8), 1e-5, True, False)
     assert TimmOptimizer(algorithm="momentum", lr=1, momentum=0.3).build(small()).param_groups[0]["momentum"] == 0.3
-    assert TimmOptimizer(algorithm="adan", lr=1, betas=[0.9, 0.8, 0.7]).build(small()).param_groups[0]["betas"] == (0.9, 0.8, 0.7)
+    assert TimmOptimizer(algorithm="adan", lr=1, betas=[0.9, 0.8, 0.7]).build(small()).param_groups[0]["betas"] == (
+        0.9,
+        0.8,
+        0.7,
+    )
 
 
 # --- groups --------------------------------------------------------------------------------------------------------------------
@@ -262,7 +280,10 @@ def test_the_ways_to_compute_a_step_agree(way):
     one, other = small(), small()
     made = Sgd(lr=0.1, implementation=way).build(one)
     assert made.defaults["fused"] is (True if way == "fused" else None)
-    assert made.defaults["foreach"] is {"loop": False, "foreach": True, "fused": None if way != "fused" else made.defaults["foreach"]}[way]
+    assert (
+        made.defaults["foreach"]
+        is {"loop": False, "foreach": True, "fused": None if way != "fused" else made.defaults["foreach"]}[way]
+    )
     for a, b in zip(after(one, made), after(other, Sgd(lr=0.1).build(other)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 

@@ -21,7 +21,9 @@ class Ema(Callback):
     as model-average.safetensors or model-last.safetensors, and can be certified just as well.
     """
 
-    decay: float = Field(0.999, ge=0, lt=1, description="weight of the average so far, at each step", json_schema_extra=unit("1"))
+    decay: float = Field(
+        0.999, ge=0, lt=1, description="weight of the average so far, at each step", json_schema_extra=unit("1")
+    )
     warmup: bool = Field(True, description="let the decay grow with the steps until it is reached")
     power: float = Field(2 / 3, gt=0, le=1, description="how fast it grows; 1: the plain mean of all steps so far")
     use: Literal["average", "last"] = Field("average", description="which weights the model file holds")

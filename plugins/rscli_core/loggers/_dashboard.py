@@ -45,9 +45,7 @@ class Dashboard(Logger):
 
 
 class _Epochs(LogWriter):
-    def __init__(
-        self, batches: int, every: int, put: Put, close: Callable[[], object], flush: Callable[[], object]
-    ) -> None:
+    def __init__(self, batches: int, every: int, put: Put, close: Callable[[], object], flush: Callable[[], object]) -> None:
         self.batches, self.every, self.put, self._close, self._flush = batches, every, put, close, flush
 
     def write(self, line: Mapping[str, Any]) -> None:

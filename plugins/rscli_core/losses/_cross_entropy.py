@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 def label_smoothing_field() -> Any:
     """The hyper-parameter of the losses that smooth labels."""
-    return Field(
-        0.0, ge=0, lt=1, description="share of the label that is spread over all classes", json_schema_extra=unit("1")
-    )
+    return Field(0.0, ge=0, lt=1, description="share of the label that is spread over all classes", json_schema_extra=unit("1"))
 
 
 def cross_entropy(log_p: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -65,7 +66,9 @@ class TimmOptimizer(Optimizer):
         if info is None:
             raise ValueError(f"timm has no optimiser called {algorithm!r}; {_near(algorithm)}")
         if info.second_order:
-            raise ValueError(f"{algorithm!r} needs second derivatives, which training does not compute; choose another optimiser")
+            raise ValueError(
+                f"{algorithm!r} needs second derivatives, which training does not compute; choose another optimiser"
+            )
         return algorithm
 
     @field_validator("momentum", "betas", "eps")
@@ -113,6 +116,7 @@ class TimmOptimizer(Optimizer):
                 weight_decay=self.weight_decay,
                 filter_bias_and_bn=not self.decay_all,
                 layer_decay=self.layer_decay,
+                **self._repeatable(),
                 **given,
                 **self.kwargs,
             )
@@ -128,6 +132,16 @@ class TimmOptimizer(Optimizer):
                 "Leave optimizer.layer_decay out, or choose a network of timm's.",
             )
         return made
+
+    def _repeatable(self) -> dict[str, bool]:
+        """What makes an algorithm draw its random numbers from a generator that it saves (Kron's, which has the choice)."""
+        from timm.optim import get_optimizer_class
+
+        found = _info(self.algorithm)
+        if found is None or isinstance(found.opt_class, str):  # a text: of another package, which may not be there
+            return {}
+        parameters = inspect.signature(get_optimizer_class(found.name, bind_defaults=False)).parameters
+        return {"deterministic": True} if "deterministic" in parameters and "deterministic" not in self.kwargs else {}
 
 
 def _info(name: str) -> OptimInfo | None:
