@@ -23,7 +23,7 @@ class Wandb(Dashboard):
 
     project: str = Field("rscli", min_length=1, max_length=100, description="where the run is listed")
     entity: str | None = Field(None, max_length=100, description="whose project it is; left out: your usual one")
-    name: str | None = Field(None, max_length=100, description="what the run is called; left out: after its folder")
+    run_name: str | None = Field(None, max_length=100, description="what the run is called; left out: after its folder")
     mode: Literal["online", "offline", "disabled"] | None = Field(
         None, description="left out: as WANDB_MODE says, otherwise online"
     )
@@ -35,7 +35,7 @@ class Wandb(Dashboard):
             there = wandb.init(
                 project=self.project,
                 entity=self.entity,
-                name=self.name or name_of(run),
+                name=self.run_name or name_of(run),
                 id=identity(run, self.library),
                 resume="allow",
                 mode=self.mode,
@@ -47,6 +47,6 @@ class Wandb(Dashboard):
         except Exception as cause:  # no network, no key, no such entity: wandb's own kinds
             hint = "Log in with `wandb login`, or keep the figures here with --set loggers.wandb.mode=offline."
             raise InputError(f"W&B cannot begin the run: {cause}", hint) from cause
-        if there.url:
+        if not there.offline:
             run.note(f"W&B: {there.url}")
         return self.curves(run, lambda points, done: there.log({**points, "batches": done}), there.finish)

@@ -22,7 +22,8 @@ def beta(u: Tensor, v: Tensor, alpha: float) -> Tensor:
     alpha > 0.
     """
     w, c = u ** (1 / alpha), (2 * math.pi * v).cos()
-    return 0.5 + 0.5 * c * ((1 - w) / (w + (1 - w) * c.square()).clamp_min(1e-30)).sqrt()
+    half = c / 2 * ((1 - w) / (w + (1 - w) * c.square()).clamp_min(1e-30)).sqrt()
+    return (0.5 + half).clamp(0, 1)  # which rounding may leave
 
 
 def mixup(images: Tensor, share: Tensor) -> Tensor:
