@@ -624,7 +624,8 @@ def test_a_callback_may_save_in_the_middle_of_an_epoch(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(resolved, options(tmp_path / "run"), Killed(4))
     state = checkpoint(tmp_path / "run")
-    assert (state["epoch"], state["batch"], state["callbacks"]["averaging"]["steps"]) == (0, 2, 4)  # after the batch of that step
+    steps = state["callbacks"]["averaging"]["steps"]
+    assert (state["epoch"], state["batch"], steps) == (0, 2, 4)  # after the batch of that step
     train(resolved, options(tmp_path / "run", resume=True), Silent())
     train(resolved, options(tmp_path / "whole"), Silent())
     assert same_weights(tmp_path / "run", tmp_path / "whole")

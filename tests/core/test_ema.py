@@ -113,7 +113,7 @@ def test_the_model_is_left_as_it_was_until_the_end():
     assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
 
 
-# --- runs ----------------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------------------------
 
 
 class Interrupting(Silent):

@@ -57,7 +57,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- stubs of libraries --------------------------------------------------------------------------------------------------------
+# --- stubs of libraries -------------------------------------------------------------------------------------------------------
 
 
 class StubRun:
@@ -103,7 +103,7 @@ def done_of(library: str, step: int | None, points: dict[str, float]) -> int:
     return int(points["batches"]) if library == "wandb" else step
 
 
-# --- a run with a stub ---------------------------------------------------------------------------------------------------------
+# --- a run with a stub --------------------------------------------------------------------------------------------------------
 
 
 def test_figures_of_epochs_and_steps_arrive_at_their_places(tmp_path, monkeypatch, library):
@@ -175,7 +175,7 @@ def test_wandb_is_told_where_to_draw_and_where_to_keep(tmp_path, monkeypatch):
     assert run(tmp_path / "online", "loggers.wandb={}") == ["W&B: https://example.org/run"]
 
 
-# --- without the library -------------------------------------------------------------------------------------------------------
+# --- without the library ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
@@ -203,7 +203,7 @@ def test_bad_fields_are_refused(monkeypatch, library):
             installed().build("loggers", {"name": library, **fields})
 
 
-# --- TensorBoard, for real -----------------------------------------------------------------------------------------------------
+# --- TensorBoard, for real ----------------------------------------------------------------------------------------------------
 
 
 def curves(folder: Path) -> dict[str, dict[int, float]]:

@@ -30,7 +30,7 @@ def logits_of(m: int = 3, batch: int = 6, classes: int = 5, dtype=torch.float64)
     return logits.requires_grad_(), torch.randint(classes, (batch,), generator=random)
 
 
-# --- label smoothing -----------------------------------------------------------------------------------------------------------
+# --- label smoothing ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("s", [0.1, 0.5])
@@ -67,7 +67,7 @@ def test_the_other_terms_know_nothing_of_it():
         GaussianLoss(label_smoothing=1)
 
 
-# --- the random shares ---------------------------------------------------------------------------------------------------------
+# --- the random shares --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.5, 1.0, 4.0])
@@ -89,7 +89,7 @@ def test_shares_are_finite_at_the_ends_of_the_uniform_numbers():
         assert ((drawn >= 0) & (drawn <= 1)).all()
 
 
-# --- mixed images --------------------------------------------------------------------------------------------------------------
+# --- mixed images -------------------------------------------------------------------------------------------------------------
 
 
 def test_mixup_images():
@@ -127,7 +127,7 @@ def test_cutmix_images_and_what_is_left_of_each():
     assert boxes > 150
 
 
-# --- the loss ------------------------------------------------------------------------------------------------------------------
+# --- the loss -----------------------------------------------------------------------------------------------------------------
 
 
 def a_step(m: int = 3, batch: int = 8, seed: int = 0) -> TrainStep:
@@ -191,7 +191,7 @@ def test_how_many_images_are_mixed_and_cut():
     of_partner = _mixing.partner(images)
     whole = ((out == images) | (out == of_partner)).flatten(1).all(1)  # pixels of one or the other, as CutMix leaves them
     assert (~whole).float().mean().item() == pytest.approx(0.6 * 0.75, abs=0.02)
-    assert ((0 <= out) & (out <= 1)).all()
+    assert ((out >= 0) & (out <= 1)).all()
 
 
 def test_a_step_repeats_and_numbers_per_image_are_used_where_there_are_any():

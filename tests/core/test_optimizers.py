@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def same(left: nn.Module, right: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left.state_dict().values(), right.state_dict().values(), strict=True))
 
 
-# --- timm's, by name -----------------------------------------------------------------------------------------------------------
+# --- timm's, by name ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,7 +155,7 @@ def test_fields_and_kwargs_arrive():
     )
 
 
-# --- groups --------------------------------------------------------------------------------------------------------------------
+# --- groups -------------------------------------------------------------------------------------------------------------------
 
 
 def decayed(made: torch.optim.Optimizer, model: nn.Module) -> set[str]:
@@ -191,7 +192,7 @@ def test_layer_decay_falls_by_its_factor_from_the_head_down():
     top = scale["network.head.weight"]
     assert top == 1
     blocks = [scale[f"network.blocks.{k}.attn.qkv.weight"] for k in range(3)]
-    assert [b / a for a, b in zip(blocks, blocks[1:], strict=False)] == [2, 2]
+    assert [b / a for a, b in pairwise(blocks)] == [2, 2]
     assert scale["network.patch_embed.proj.weight"] == blocks[0] / 2
     assert blocks[-1] < top
 
@@ -214,7 +215,7 @@ def test_frozen_parameters_are_left_out(made):
         made.build(model)
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------------------------------------
 
 
 def problem(*sets: str) -> str:
@@ -230,7 +231,7 @@ def problem(*sets: str) -> str:
         (["optimizer.name=timm/Lookahead_AdamW"], "did you mean timm/lookahead_adamw"),
         (["optimizer.name=adamw"], "Did you mean 'timm/adamw'?"),
         (["optimizer.name=timm/adahessian"], "'adahessian' needs second derivatives"),
-        (["optimizer.name=timm/adamw", "optimizer.momentum=0.9"], "optimizer.momentum = 0.9 (--set): is not for timm's 'adamw'"),
+        (["optimizer.name=timm/adamw", "optimizer.momentum=0.9"], "momentum = 0.9 (--set): is not for timm's 'adamw'"),
         (["optimizer.name=timm/momentum", "optimizer.betas=[0.9,0.99]"], "is not for timm's 'momentum', which has no betas"),
         (["optimizer.name=timm/adamw", "optimizer.betas=[0.9]"], "must be 2 numbers"),
         (["optimizer.name=timm/adan", "optimizer.betas=[0.9,0.99]"], "must be 3 numbers"),
@@ -243,7 +244,7 @@ def test_bad_settings_are_said_before_anything_begins(sets, said):
 
 
 def test_arguments_that_timm_refuses_are_named():
-    with pytest.raises(InputError, match="'adamw' cannot be made with .*nestrov"):
+    with pytest.raises(InputError, match=r"'adamw' cannot be made with .*nestrov"):
         TimmOptimizer(algorithm="adamw", lr=0.1, kwargs={"nestrov": True}).build(small())
 
 
@@ -261,7 +262,7 @@ def test_what_is_called_like_an_optimiser_of_timm_s_is_suggested():
     assert "timm/lamb" in str(caught.value.hint)
 
 
-# --- SGD -----------------------------------------------------------------------------------------------------------------------
+# --- SGD ----------------------------------------------------------------------------------------------------------------------
 
 
 def after(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -288,7 +289,7 @@ def test_the_ways_to_compute_a_step_agree(way):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-# --- a run ---------------------------------------------------------------------------------------------------------------------
+# --- a run --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_with_timm_s_lamb_learns_and_says_so(tmp_path):

@@ -41,7 +41,7 @@ def torch_s(schedulers, milestones, count: int) -> list[float]:
     return found
 
 
-# --- closed forms --------------------------------------------------------------------------------------------------------------
+# --- closed forms -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("epoch", [0, 0.3, 2.5, 7, 10])
@@ -67,7 +67,7 @@ def test_what_a_paper_on_mnist_would_write():
     assert [schedule.factor(epoch, 90) for epoch in at] == pytest.approx(list(at.values()))
 
 
-# --- torch's own ---------------------------------------------------------------------------------------------------------------
+# --- torch's own --------------------------------------------------------------------------------------------------------------
 
 BATCHES, EPOCHS, WARMUP = 7, 12, 3
 
@@ -111,7 +111,7 @@ def test_polynomial_and_linear_are_torch_s():
     assert [Linear(floor=0.3).factor(k / BATCHES, EPOCHS) for k in range(steps)] == pytest.approx(wanted, rel=1e-9)
 
 
-# --- of all of them ------------------------------------------------------------------------------------------------------------
+# --- of all of them -----------------------------------------------------------------------------------------------------------
 
 
 @given(

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from importlib.machinery import ModuleSpec
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +26,7 @@ def test_a_command_resolves(command, monkeypatch):
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     words = shlex.split(command)
-    sets = [value for word, value in zip(words, words[1:], strict=False) if word == "--set"]
+    sets = [value for word, value in pairwise(words) if word == "--set"]
     resolved = resolve(words[words.index("--preset") + 1], sets=sets)
     assert sets
     for text in sets:

@@ -43,7 +43,7 @@ class Ema(Callback):
         state["steps"] += 1
         now, average = _tensors(run), state["average"]
         means = [name for name, value in now.items() if value.is_floating_point()]
-        move = get_ema_multi_avg_fn(self.decay_at(state["steps"]))
+        move = get_ema_multi_avg_fn(self.decay_at(state["steps"]))  # type: ignore[no-untyped-call]
         move([average[name] for name in means], [now[name] for name in means], state["steps"])
         for name in now.keys() - set(means):  # counters
             average[name].copy_(now[name])

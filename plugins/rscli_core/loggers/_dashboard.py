@@ -90,7 +90,7 @@ def name_of(run: Run) -> str:
 
 
 def identity(run: Run, library: str) -> str:
-    """Eight hexadecimal digits that are this run's alone, kept in its folder: a new one when it begins, the same when resumed."""
+    """Eight hexadecimal digits of this run alone, kept in its folder: new ones when it begins, the same when it is resumed."""
     path = run.folder / f"{library}-id.txt"
     if begins(run) or not path.exists():
         path.write_text(uuid.uuid4().hex[:8] + "\n", encoding="ascii")

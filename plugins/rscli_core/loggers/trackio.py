@@ -14,8 +14,8 @@ from rscli_core.loggers._dashboard import Dashboard, begins, identity, name_of
 class Trackio(Dashboard):
     """Curves for trackio, on this machine or in a Space of the Hugging Face hub (extra: trackio).
 
-    `trackio show` shows them. The run is called after its folder, with eight digits that are its own; a run that is resumed goes
-    on under the same name, and what is trained again after a kill is drawn again in the same place.
+    `trackio show` shows them. The run is called after its folder, with eight digits that are its own; a run that is resumed
+    goes on under the same name, and what is trained again after a kill is drawn again in the same place.
     """
 
     library: ClassVar[str] = "trackio"

@@ -14,9 +14,9 @@ from rscli_core.loggers._dashboard import Dashboard, identity, name_of
 class Wandb(Dashboard):
     """Curves for Weights & Biases, through its own library (extra: wandb).
 
-    Who you are, and which server, it knows from `wandb login` and its environment variables. A run that is resumed goes on under
-    the same id; what is trained again after a kill is drawn again in the same place. Without a network, `mode = offline` keeps
-    the figures in the run folder for `wandb sync`.
+    Who you are, and which server, it knows from `wandb login` and its environment variables. A run that is resumed goes on
+    under the same id; what is trained again after a kill is drawn again in the same place. Without a network, `mode = offline`
+    keeps the figures in the run folder for `wandb sync`.
     """
 
     library: ClassVar[str] = "wandb"

@@ -1,4 +1,4 @@
-"""Mixed pairs of images: mixup (Zhang et al., ICLR 2018, arXiv 1710.09412) and CutMix (Yun et al., ICCV 2019, arXiv 1905.04899)."""
+"""Mixed pairs: mixup (Zhang et al., ICLR 2018, arXiv 1710.09412) and CutMix (Yun et al., ICCV 2019, arXiv 1905.04899)."""
 
 from __future__ import annotations
 

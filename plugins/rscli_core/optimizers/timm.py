@@ -14,7 +14,6 @@ from rscli_core.optimizers._trainable import trainable
 
 if TYPE_CHECKING:
     import torch
-    from timm.optim import OptimInfo
     from torch import nn
 
 RESERVED = frozenset(
@@ -103,13 +102,11 @@ class TimmOptimizer(Optimizer):
         BEiT, ICLR 2022): each group carries it as `lr_scale`. Raises `InputError` if nothing is left to train, if the network
         does not say what its layers are, or if timm refuses the arguments.
         """
-        from timm.optim import create_optimizer_v2
-
         network = getattr(model, "network", model)  # where no_weight_decay() and the layers are
         trainable(network)
         given = {name: value for name in ("momentum", "betas", "eps") if (value := getattr(self, name)) is not None}
         try:
-            made: torch.optim.Optimizer = create_optimizer_v2(
+            made: torch.optim.Optimizer = _timm().create_optimizer_v2(
                 network,
                 self.algorithm,
                 lr=self.lr,
@@ -135,28 +132,29 @@ class TimmOptimizer(Optimizer):
 
     def _repeatable(self) -> dict[str, bool]:
         """What makes an algorithm draw its random numbers from a generator that it saves (Kron's, which has the choice)."""
-        from timm.optim import get_optimizer_class
-
         found = _info(self.algorithm)
         if found is None or isinstance(found.opt_class, str):  # a text: of another package, which may not be there
             return {}
-        parameters = inspect.signature(get_optimizer_class(found.name, bind_defaults=False)).parameters
+        parameters = inspect.signature(_timm().get_optimizer_class(found.name, bind_defaults=False)).parameters
         return {"deterministic": True} if "deterministic" in parameters and "deterministic" not in self.kwargs else {}
 
 
-def _info(name: str) -> OptimInfo | None:
-    """What timm says of the optimiser `name`; None if it has no such."""
-    from timm.optim import get_optimizer_info, list_optimizers
+def _timm() -> Any:
+    """timm.optim, which does not tell a type checker what it exports."""
+    import timm.optim
 
+    return timm.optim
+
+
+def _info(name: str) -> Any:
+    """What timm says of the optimiser `name` (an OptimInfo); None if it has no such."""
     plain = name.removeprefix(LOOKAHEAD)
-    return get_optimizer_info(plain) if plain in list_optimizers() else None
+    return _timm().get_optimizer_info(plain) if plain in _timm().list_optimizers() else None
 
 
 def _near(name: str) -> str:
-    from timm.optim import list_optimizers
-
     prefix = LOOKAHEAD if name.lower().startswith(LOOKAHEAD) else ""
-    near = difflib.get_close_matches(name.lower().removeprefix(LOOKAHEAD), list_optimizers(), n=3)
+    near = difflib.get_close_matches(name.lower().removeprefix(LOOKAHEAD), _timm().list_optimizers(), n=3)
     return (
         f"did you mean {' or '.join(f'timm/{prefix}{one}' for one in near)}?"
         if near
@@ -164,6 +162,6 @@ def _near(name: str) -> str:
     )
 
 
-def _check_betas(betas: tuple[float, ...], info: OptimInfo) -> None:
+def _check_betas(betas: tuple[float, ...], info: Any) -> None:
     if len(betas) != info.num_betas or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"must be {info.num_betas} numbers of at least 0 and less than 1, as in [0.9, 0.95]")
