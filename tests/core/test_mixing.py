@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy as torch_s
 
 from rscli.api import TrainStep
 from rscli.config.layers import resolve
+from rscli.config.published import PublishedRow
+from rscli.report.recipe import Recipe, setting_differences
 from rscli.runtime.progress import Silent
 from rscli.training.train import TrainOptions, train
 from rscli_core.losses import _mixing
@@ -236,3 +238,17 @@ def test_a_run_learns_under_mixup_and_cutmix(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["ce"] < lines[0]["ce"]
     assert "accuracy" not in lines[0]
+
+
+def test_labels_that_are_not_smoothed_are_a_published_setting_and_smoothed_ones_are_not():
+    of = lambda method, setting: PublishedRow(  # noqa: E731
+        **{**dict.fromkeys(PublishedRow.__dataclass_fields__), "method": method, "setting": setting}
+    )
+    plain, smooth = ({"m": 1, "label_smoothing": s} for s in (0.0, 0.1))
+    recipe = lambda method, setting: Recipe("mnist", "lenet", method, 0.5, setting)  # noqa: E731
+    assert setting_differences(recipe("gaussian", plain), of("gaussian", ""), {}) == ()
+    assert setting_differences(recipe("gaussian", smooth), of("gaussian", ""), {}) == ("setting not published",)
+    row = of("consistency", "m=2;lbd=10")
+    for smoothing, said in ((0.0, ()), (0.1, ("label_smoothing 0.1, not 0",))):
+        ours = recipe("consistency", {"m": 2, "lbd": 10.0, "label_smoothing": smoothing})
+        assert setting_differences(ours, row, {}) == said
