@@ -213,7 +213,7 @@ def _profile(case: Case, sampling: Any, samples: int) -> dict[str, float]:
 
     way = ours(case, sampling)
     way(8 * sampling.batch)  # warm
-    sampling._blocks.noise = SimpleNamespace(sample=timed("noise", case.noise.sample))
+    sampling._blocks.noise = SimpleNamespace(sample=timed("noise", case.noise.sample), apply=case.noise.apply)
     sampling.model, sampling._count = timed("forward", sampling.model), timed("counting", sampling._count)
     sampling._assemble = timed("assembling", sampling._assemble)
     sampling.samples = 0

@@ -443,6 +443,10 @@ class Run(ABC):
         """Replaces the checkpoint by the present state."""
 
     @abstractmethod
+    def save_model(self, name: str) -> Path:
+        """Writes the present weights as `model-NAME.safetensors` beside the model file, and as complete; its path."""
+
+    @abstractmethod
     def note(self, text: str) -> None:
         """A line for the user."""
 

@@ -17,7 +17,7 @@ from rscli.results.reader import Results
 ATTACK = {"name": "attack", "epsilon": "eps", "steps": "steps", "warmup": "warmup"}
 """Fields of an attack, and what the tables call them; those of a loss have the same names there."""
 
-UNSAID = {"m": "1", "form": "default", "deferred": "0"}
+UNSAID = {"m": "1", "form": "default", "deferred": "0", "label_smoothing": "0"}
 """What a published setting means by leaving it out."""
 
 _ELSEWHERE = {"data", "arch", "noise", "loss", "attack", "loggers", "callbacks", "seed"}
@@ -107,7 +107,7 @@ def setting_differences(ours: Recipe, row: PublishedRow, published_schedule: Map
     `published_schedule` is what is known of the row's; only what both sides tell is compared.
     """
     texts = [f"{key} {_shown(mine)}, not {theirs}" for key, mine, theirs in _pairs(ours, row) if _apart(mine, theirs)]
-    if not row.setting and bool(ours.setting.keys() - {"m"}):
+    if _unpublished(ours, row):
         texts.append("setting not published")
     known = {**UNSAID_SCHEDULE, **published_schedule} if published_schedule else {}
     for key, theirs in known.items():
@@ -116,9 +116,15 @@ def setting_differences(ours: Recipe, row: PublishedRow, published_schedule: Map
     return tuple(texts)
 
 
+def _unpublished(ours: Recipe, row: PublishedRow) -> bool:
+    """Whether `row` says nothing of the settings, though the method has some that say something."""
+    silent = {key for key, value in ours.setting.items() if key in UNSAID and not _apart(value, UNSAID[key])}
+    return not row.setting and bool(ours.setting.keys() - silent - {"m"})
+
+
 def _pairs(ours: Recipe, row: PublishedRow) -> list[tuple[str, Any, str]]:
     """(key, our value, published value) of every setting that both sides tell."""
-    if not row.setting and bool(ours.setting.keys() - {"m"}):
+    if _unpublished(ours, row):
         return []
     theirs = {**UNSAID, **_parsed(row.setting)}
     return [(key, ours.setting[key], theirs[key]) for key in theirs if key in ours.setting]

@@ -103,7 +103,7 @@ def _feed(found: hashlib._Hash, value: object) -> None:
             _feed(found, item)
     elif isinstance(value, float) and type(value) is float:  # not a subclass, such as np.float64: it would not be read again
         found.update(b"float" + struct.pack("<d", value))
-    elif value is None or type(value) in (str, int, bool):
+    elif value is None or type(value) in (str, int, bool, torch.dtype):
         text = str(value).encode("utf-8", "surrogatepass")
         found.update(f"{type(value).__name__} {len(text)};".encode() + text)
     else:

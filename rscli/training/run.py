@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class TrainingRun(Run):
         self.callbacks: dict[str, Callback] = trainer.resolved.callbacks if trainer.processes.first else {}
         self.states: dict[str, dict[str, Any]] = {name: {} for name in self.callbacks}
         """What callbacks keep, by their names."""
+        self.write_model: Callable[[Path], None] = lambda _: None
+        """Writes the model file with the present weights."""
         self._line: dict[str, Any] = {}
         self._save_wanted = False
 
@@ -79,6 +82,12 @@ class TrainingRun(Run):
     def save(self) -> None:
         """Asks for a checkpoint: at the next moment that a run can go on from, after this batch or after this epoch's line."""
         self._save_wanted = True
+
+    def save_model(self, name: str) -> Path:
+        """Writes the present weights beside the model file."""
+        path = self.folder / f"model-{name}.safetensors"
+        self.write_model(path)
+        return path
 
     def note(self, text: str) -> None:
         """A line for the user."""

@@ -145,6 +145,7 @@ class _Training:
             return self.folder.model
         more = partial(open_split, self.resolved.dataset, split.spec, root=self.options.data_dir, workers=self.options.workers)
         run = TrainingRun(trainer, self.folder, more, self.progress, self.stop)
+        run.write_model = partial(self._write_model, trainer)
         self._prepare(trainer, run, state)
         size = math.ceil(self.resolved.config.batch / trainer.chunks / self.processes.world)
         if self.resolved.config.micro_batch is not None:
@@ -154,9 +155,12 @@ class _Training:
         with at_work, enough_memory(self.device, copies, TOO_LARGE):
             run.complete()
         if self.processes.first:
-            save_model(self.folder.model, trainer.classifier, model_card(self.resolved, split.spec, trainer.loss_state))
+            run.write_model(self.folder.model)
         self.processes.wait()
         return self.folder.model
+
+    def _write_model(self, trainer: Trainer, path: Path) -> None:
+        save_model(path, trainer.classifier, model_card(self.resolved, trainer.split.spec, trainer.loss_state))
 
     def _open_split(self) -> Split:
         """The training images; if they must be fetched, the first process does it while the others wait."""

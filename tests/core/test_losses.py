@@ -369,5 +369,5 @@ def test_deferred_macer_waits_for_the_first_drop(deferred: bool, lr_factor: floa
 def test_settings_of_the_papers_are_the_defaults() -> None:
     assert Stability().model_dump() == {"m": 1, "lbd": 2.0}
     assert Macer(lbd=12).model_dump() == {"m": 16, "lbd": 12.0, "beta": 16.0, "gamma": 8.0, "deferred": False}
-    assert Consistency(lbd=10).model_dump() == {"m": 2, "lbd": 10.0, "eta": 0.5, "form": "default"}
+    assert Consistency(lbd=10).model_dump() == {"m": 2, "lbd": 10.0, "eta": 0.5, "form": "default", "label_smoothing": 0.0}
     assert [loss.chunked for loss in (GaussianLoss, Consistency, Stability, Macer)] == [True, True, False, False]

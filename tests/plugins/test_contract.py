@@ -219,9 +219,9 @@ PLUGINS = {
     ("losses", "teaching"): Teaching,
     ("attacks", "moving"): Moving,
     ("optimizers", "adamw"): AdamW,
-    ("schedules", "cosine"): Cosine,
+    ("schedules", "half-cosine"): Cosine,
     ("loggers", "collecting"): Collecting,
-    ("callbacks", "ema"): Ema,
+    ("callbacks", "averaging"): Ema,
 }
 
 
@@ -519,7 +519,7 @@ def test_a_teacher_of_the_same_data_is_lent_and_another_refused(tmp_path):
 
 # --- optimisers, schedules ---------------------------------------------------------------------------------------------------
 
-ADAMW = {"optimizer__name": "adamw", "optimizer__lr": "0.001", "schedule__name": "cosine", "schedule__milestones": ""}
+ADAMW = {"optimizer__name": "adamw", "optimizer__lr": "0.001", "schedule__name": "half-cosine", "schedule__milestones": ""}
 
 
 def test_any_optimiser_and_schedule_resume_to_the_same_bits(tmp_path):
@@ -547,19 +547,19 @@ def test_a_group_has_its_own_scale_of_the_learning_rate(tmp_path):
 
 
 def test_loggers_get_a_line_per_epoch_with_what_callbacks_add(tmp_path):
-    train(settings("loggers.collecting={}", "callbacks.ema={}"), options(tmp_path / "run"), Silent())
+    train(settings("loggers.collecting={}", "callbacks.averaging={}"), options(tmp_path / "run"), Silent())
     found = lines(tmp_path / "run/collected.jsonl")
     assert found == lines(tmp_path / "run/metrics.jsonl")
     assert [(line["epoch"], line["ema_steps"], line["finished"]) for line in found] == [(1, 6, 1), (2, 12, 2)]
     assert SEEN == [("open", 0), ("begin", 0, 0, 0), ("end", 2), ("close",)]
     recorded = json.loads((tmp_path / "run/config.json").read_text())["config"]
     assert set(recorded["loggers"]) == {"jsonl", "collecting"}
-    assert recorded["callbacks"]["ema"] == {"decay": 0.9, "save_at": 0}
+    assert recorded["callbacks"]["averaging"] == {"decay": 0.9, "save_at": 0}
 
 
 def test_epochs_of_a_killed_run_are_dropped_from_every_log(tmp_path):
     """Saved after the first epoch of three by a callback that saves every third; killed in the third."""
-    resolved = settings("loggers.collecting={}", "callbacks.checkpoint.every=3", "callbacks.ema.save_at=6", epochs="3")
+    resolved = settings("loggers.collecting={}", "callbacks.checkpoint.every=3", "callbacks.averaging.save_at=6", epochs="3")
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(resolved, options(whole), Silent())
     with pytest.raises(KeyboardInterrupt):
@@ -575,7 +575,7 @@ def test_epochs_of_a_killed_run_are_dropped_from_every_log(tmp_path):
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_what_a_callback_keeps_is_restored_in_mid_epoch(tmp_path, after):
-    resolved = settings("callbacks.ema={}")
+    resolved = settings("callbacks.averaging={}")
     train(resolved, options(tmp_path / "a"), Silent())
     SEEN.clear()
     interrupted(resolved, tmp_path / "b", after)
@@ -583,15 +583,16 @@ def test_what_a_callback_keeps_is_restored_in_mid_epoch(tmp_path, after):
     left, right = (torch.load(tmp_path / run / "ema.pt", weights_only=True) for run in "ab")
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert not torch.equal(left["network.fc2.weight"], weights(tmp_path / "a")["network.fc2.weight"])
-    assert checkpoint(tmp_path / "b")["callbacks"]["ema"]["steps"] == 12
+    assert checkpoint(tmp_path / "b")["callbacks"]["averaging"]["steps"] == 12
 
 
 def test_a_callback_may_save_in_the_middle_of_an_epoch(tmp_path):
-    resolved = settings("callbacks.ema.save_at=3", "callbacks.checkpoint=none")
+    resolved = settings("callbacks.averaging.save_at=3", "callbacks.checkpoint=none")
     with pytest.raises(KeyboardInterrupt):
         train(resolved, options(tmp_path / "run"), Killed(4))
     state = checkpoint(tmp_path / "run")
-    assert (state["epoch"], state["batch"], state["callbacks"]["ema"]["steps"]) == (0, 2, 4)  # after the batch of that step
+    steps = state["callbacks"]["averaging"]["steps"]
+    assert (state["epoch"], state["batch"], steps) == (0, 2, 4)  # after the batch of that step
     train(resolved, options(tmp_path / "run", resume=True), Silent())
     train(resolved, options(tmp_path / "whole"), Silent())
     assert same_weights(tmp_path / "run", tmp_path / "whole")
@@ -621,7 +622,7 @@ def test_what_only_looks_on_may_differ_when_a_run_goes_on(tmp_path):
     train(plain, options(tmp_path / "whole"), Silent())
     with pytest.raises(Stopped):
         train(plain, options(tmp_path / "run"), Interrupting(2))
-    watched = settings("callbacks.ema={}", "loggers.collecting={}", "callbacks.checkpoint.every=2")
+    watched = settings("callbacks.averaging={}", "loggers.collecting={}", "callbacks.checkpoint.every=2")
     train(watched, options(tmp_path / "run", resume=True), Silent())
     assert SEEN[:2] == [("open", 0), ("begin", 0, 2, 0)]
     assert same_weights(tmp_path / "whole", tmp_path / "run")

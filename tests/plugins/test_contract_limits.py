@@ -87,8 +87,8 @@ def test_the_file_that_runs_is_the_one_whose_digest_is_recorded(tmp_path):
     assert not list(tmp_path.glob("**/__pycache__"))
 
 
-EMA = """
-class Ema(Callback):
+SHRINKING = """
+class Shrinking(Callback):
     decay: float = Field(0.9, ge=0, lt=1)
 
     def end(self, run, state):
@@ -98,13 +98,13 @@ class Ema(Callback):
 
 
 def test_a_callback_that_may_change_weights_is_part_of_what_a_run_is(tmp_path):
-    load_plugin_file(plugins(tmp_path, EMA))
+    load_plugin_file(plugins(tmp_path, SHRINKING))
     with pytest.raises(Stopped):
-        train(digits("callbacks.ema.decay=0.9"), options(tmp_path), Interrupting(3))
-    for other in (["callbacks.ema.decay=0.5"], []):
-        with pytest.raises(InputError, match=r"callbacks\.ema"):
+        train(digits("callbacks.shrinking.decay=0.9"), options(tmp_path), Interrupting(3))
+    for other in (["callbacks.shrinking.decay=0.5"], []):
+        with pytest.raises(InputError, match=r"callbacks\.shrinking"):
             train(digits(*other), options(tmp_path, resume=True), Silent())
-    same = digits("callbacks.ema.decay=0.9", "callbacks.checkpoint.every=2", "loggers.jsonl=none")
+    same = digits("callbacks.shrinking.decay=0.9", "callbacks.checkpoint.every=2", "loggers.jsonl=none")
     assert train(same, options(tmp_path, resume=True), Silent()).exists()
 
 

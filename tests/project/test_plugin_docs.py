@@ -113,11 +113,11 @@ def trained(files, tmp_path_factory) -> Path:
         "loss": "jensen-shannon",
         "attack": "random-direction",
         "optimizer": "adamw",
-        "schedule": "cosine",
+        "schedule": "half-cosine",
     }
     words = [f"{section}.name={name}" for section, name in names.items()]
     words += [f"{key}={value}" for key, value in SHARED.items()]
-    words += ["attack.epsilon=0.1", "loggers.csv={}", "callbacks.ema.decay=0.9"]
+    words += ["attack.epsilon=0.1", "loggers.csv={}", "callbacks.averaging.decay=0.9"]
     given = [word for text in words for word in ("--set", text)]
     result = run(files, "train", *given, "--out", folder / "run", "-q")
     assert result.exit_code == 0, result.output
@@ -139,7 +139,7 @@ def test_the_model_file_has_the_average_of_the_weights(trained):
     kept = torch.load(trained / "checkpoint.pt", weights_only=True)
     model = load_model(trained / "model.safetensors")
     for name, value in model.network.state_dict().items():
-        assert torch.equal(value, kept["callbacks"]["ema"][name])
+        assert torch.equal(value, kept["callbacks"]["averaging"][name])
     assert any(not torch.equal(value, kept["model"][name]) for name, value in model.network.state_dict().items())
 
 
@@ -317,7 +317,7 @@ def test_weight_decay_spares_vectors():
 
 
 def test_the_schedule_at_its_corners():
-    schedule = build("schedules", "cosine", warmup=2)
+    schedule = build("schedules", "half-cosine", warmup=2)
     assert [schedule.factor(epoch, 10) for epoch in (0, 1, 2, 6, 10)] == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
@@ -335,7 +335,7 @@ def test_the_log_drops_epochs_of_a_killed_run(tmp_path):
 
 def test_the_average_goes_on_after_a_checkpoint():
     model = nn.Linear(2, 1)
-    ema, state, run = build("callbacks", "ema", decay=0.5), {}, SimpleNamespace(model=model)
+    ema, state, run = build("callbacks", "averaging", decay=0.5), {}, SimpleNamespace(model=model)
     with torch.no_grad():
         model.weight.fill_(0)
         ema.begin(run, state)

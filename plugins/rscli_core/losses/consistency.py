@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from rscli.api import NoisyLoss
-from rscli_core.losses._cross_entropy import cross_entropy
+from rscli_core.losses._cross_entropy import cross_entropy, label_smoothing_field
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,7 @@ class Consistency(NoisyLoss):
     lbd: float = Field(ge=0, description="weight of the consistency term")
     eta: float = Field(0.5, ge=0, description="weight of the entropy (default form only)")
     form: Literal["default", "xent", "kl", "mse"] = Field("default", description="which consistency term")
+    label_smoothing: float = label_smoothing_field()
 
     @model_validator(mode="after")
     def _two_copies_for_mse(self) -> Consistency:
@@ -54,7 +55,7 @@ class Consistency(NoisyLoss):
         the class. Raises IndexError if form = mse is given the logits of one copy only.
         """
         log_p = logits.log_softmax(-1)
-        return {"ce": cross_entropy(log_p, labels), **self._penalty(log_p)}
+        return {"ce": cross_entropy(log_p, labels, self.label_smoothing), **self._penalty(log_p)}
 
     def _penalty(self, log_p: Tensor) -> dict[str, Tensor]:
         if self.form == "mse":
