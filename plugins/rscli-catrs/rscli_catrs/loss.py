@@ -72,7 +72,7 @@ class CatRs(Loss):
         m, batch = logits.shape[:2]
         ce = cross_entropy(logits.flatten(0, 1), step.labels.repeat(m), reduction="none").reshape(m, batch)
         phat = (logits.argmax(-1) == step.labels).float().mean(0)
-        k = (step.rand(m).T < phat).sum(0).clamp(min=1)
+        k = (phat > step.rand(m).T).sum(0).clamp(min=1)
         rank = ce.detach().argsort(0).argsort(0)
         low = ((rank < k) * ce).sum(0) / m
         high = _kl(soft, step.logits(step.noisy(step.images, worst))).amax(0)

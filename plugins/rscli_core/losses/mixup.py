@@ -44,7 +44,7 @@ class Mixup(Loss):
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
         """`ce`, a scalar in nats: the formula of the class. Raises nothing of its own."""
-        images, lam = self.mixed(step.images, _uniform(step, 6))
+        images, lam = self.mixed(step.images, step.rand(6))
         log_p = step.logits(step.noisy(images)).log_softmax(-1)
         own, other = (
             cross_entropies(log_p, labels, self.label_smoothing).squeeze(-1)
@@ -66,13 +66,3 @@ class Mixup(Loss):
             boxed, kept = _mixing.cutmix(images, _mixing.beta(u, v, self.cutmix).masked_fill(plain, 1.0), uniform[:, 4:])
             lam, out = kept.where(cut, lam), boxed.where(cut.view(-1, 1, 1, 1), out)
         return out, lam
-
-
-def _uniform(step: TrainStep, count: int) -> Tensor:
-    """Uniform numbers (batch, count) in [0, 1)."""
-    import torch
-
-    if hasattr(step, "rand"):  # of each image, however many processes share the batch
-        drawn: Tensor = step.rand(count)
-        return drawn
-    return torch.rand(len(step.labels), count, generator=step.generator, device=step.images.device)
