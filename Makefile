@@ -47,7 +47,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy -p rscli -p rscli_core -p rscli_smoothmix -p rscli_catrs && $(BIN)/mypy bench/*.py
 
-check: lint types test
+check: lint types docs test
 
 # the documentation as a site, in site/
 docs: $(VENV)/.docs

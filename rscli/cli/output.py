@@ -85,8 +85,7 @@ class QuietProgress:
 class LineProgress:
     """Progress as plain lines on stderr, one every few seconds: for logs."""
 
-    def __init__(self, seconds: float = LINE_SECONDS) -> None:
-        self._seconds = seconds
+    def __init__(self) -> None:
         self._task, self._unit, self._total, self._before = "", "", 0, 0
         self._began = self._said = 0.0
         self._last: tuple[int, dict[str, str]] | None = None
@@ -100,7 +99,7 @@ class LineProgress:
     def update(self, done: int, figures: dict[str, str]) -> None:
         """A line, if the last one is old enough."""
         self._last = (done, figures)
-        if time.monotonic() - self._said >= self._seconds:
+        if time.monotonic() - self._said >= LINE_SECONDS:
             self._say(done, figures)
 
     def finish(self) -> None:

@@ -190,10 +190,10 @@ def _type_in_group(key: Key) -> Any:
     return Any
 
 
-def rebuild(config: Mapping[str, Any], source: str = "saved configuration") -> Resolved:
+def rebuild(config: Mapping[str, Any]) -> Resolved:
     """The configuration that `Resolved.as_dict` wrote down. Raises `ConfigError` if it no longer fits the installed plugins."""
     lower = defaults()
-    return _assemble(stack(lower, _with_new_names(flatten(config, source), lower, [])))
+    return _assemble(stack(lower, _with_new_names(flatten(config, "saved configuration"), lower, [])))
 
 
 def _assemble(

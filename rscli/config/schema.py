@@ -92,14 +92,12 @@ def chunk_count(images: int, m: int) -> int:
     return -(-images // -(-images // m))
 
 
-def steps_per_epoch(n_images: int, batch: int, m: int, chunked: bool = True) -> int:
+def steps_per_epoch(n_images: int, batch: int, m: int) -> int:
     """Optimiser steps per epoch over `n_images` images in batches of `batch`, the last one possibly short.
 
-    With `chunked`, each batch is split into at most `m` chunks of equal size (the last possibly smaller), with one step each.
+    Each batch is split into at most `m` chunks of equal size (the last possibly smaller), with one step each.
     """
     full, rest = divmod(n_images, batch)
-    if not chunked:
-        return full + (rest > 0)
     return full * chunk_count(batch, m) + (chunk_count(rest, m) if rest else 0)
 
 

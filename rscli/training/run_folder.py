@@ -49,11 +49,6 @@ class RunFolder:
         return self.path / "config.json"
 
     @property
-    def metrics(self) -> Path:
-        """The metrics, JSON lines."""
-        return self.path / "metrics.jsonl"
-
-    @property
     def checkpoint(self) -> Path:
         """The position of an unfinished run."""
         return self.path / "checkpoint.pt"

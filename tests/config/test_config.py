@@ -547,7 +547,6 @@ def test_steps_are_those_of_torch_chunk():
             for m in (1, 2, 3, 5, 8, 100):
                 batches = torch.arange(images).split(batch)
                 assert steps_per_epoch(images, batch, m) == sum(len(part.chunk(m)) for part in batches), (images, batch, m)
-                assert steps_per_epoch(images, batch, m, chunked=False) == len(batches)
                 smallest = min(len(chunk) for part in batches for chunk in part.chunk(m))
                 assert smallest_step(images, batch, m) == smallest, (images, batch, m)
 

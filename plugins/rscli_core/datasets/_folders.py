@@ -47,9 +47,9 @@ def count(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
-def unknown_split(dataset: str, split: str, known: Sequence[str] = ("train", "test")) -> InputError:
-    """The error for a split that a data set does not have."""
-    return InputError(f"{dataset} has no split {split!r}", f"Its splits are: {', '.join(known)}.")
+def unknown_split(dataset: str, split: str) -> InputError:
+    """The error for a split that is neither train nor test."""
+    return InputError(f"{dataset} has no split {split!r}", "Its splits are: train, test.")
 
 
 # --- torchvision -------------------------------------------------------------------------------------------------------------
