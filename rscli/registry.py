@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from rscli.api import API_VERSION, KINDS, Plugin, Provenance
 from rscli.distributions import Problem, environment, normalised
-from rscli.errors import PluginError, RscliError, reason
+from rscli.errors import PluginError, RscliError, did_you_mean, reason
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,8 @@ class Registry:
                 return found[0], variant
         known = [e.name for e in self.entries(kind)] + [f"{e.package}:{e.name}" for e in self.entries(kind)]
         near = self.offering(kind, name) or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise PluginError(
-            f"no installed package provides the {kind} plugin {name!r}", f"{hint}`rscli plugins` lists what is there."
-        )
+        hint = did_you_mean(near[:1], "`rscli plugins` lists what is installed.")
+        raise PluginError(f"no installed package provides the {kind} plugin {name!r}", hint)
 
     def offering(self, kind: str, name: str) -> list[str]:
         """The names, with a slash, under which plugins of `kind` offer what is called `name` elsewhere: `timm/resnet18`.

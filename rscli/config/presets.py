@@ -21,7 +21,7 @@ from rscli import registry
 from rscli.config.files import read_settings
 from rscli.config.published import PublishedRow, read_table
 from rscli.config.schema import PresetHeader
-from rscli.errors import InputError, PluginError
+from rscli.errors import InputError, PluginError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,7 @@ def _find(name: str) -> _File:
     if shared:
         raise InputError(f"{len(shared)} packages ship a preset {name!r}", f"Write {' or '.join(shared)}.")
     near = difflib.get_close_matches(name, [file.name for file in files], n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"there is no preset {name!r}", f"{hint}`rscli presets` lists them.")
+    raise InputError(f"there is no preset {name!r}", did_you_mean(near, "`rscli presets` lists them."))
 
 
 def _path(file: _File) -> Path:

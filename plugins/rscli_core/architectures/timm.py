@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from rscli.api import Architecture, DataSpec
-from rscli.errors import InputError
+from rscli.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,8 +103,7 @@ class TimmModel(Architecture):
 
 def _unknown(model: str, known: list[str]) -> InputError:
     near = difflib.get_close_matches(model.partition(".")[0], known, n=3)
-    hint = f"Did you mean {' or '.join(near)}?" if near else "`timm.list_models()` names all of them."
-    return InputError(f"timm has no model called {model!r}", hint)
+    return InputError(f"timm has no model called {model!r}", did_you_mean(near, "`timm.list_models()` lists them."))
 
 
 def _no_weights(model: str, cause: Exception) -> InputError:

@@ -19,7 +19,7 @@ from rscli.config.problems import Problems
 from rscli.config.schema import SECTIONS
 from rscli.config.settings import Setting, Settings, dotted, flatten, nest, stack
 from rscli.data.splits import spec_of
-from rscli.errors import InputError, RscliError
+from rscli.errors import InputError, RscliError, did_you_mean
 from rscli.models.card import ModelCard
 from rscli.models.importing.foreign import Checkpoint, read_checkpoint
 from rscli.models.importing.keys import fit_tensors
@@ -178,11 +178,11 @@ def _guess(named: str | None) -> dict[str, Any] | None:
 
 
 def _way_to_arch(name: str) -> str:
-    if offered := installed().offering("architectures", name):
-        return f"Write --arch {offered[0]}."
-    if near := get_close_matches(name, [*field_archs(), *(entry.name for entry in installed().entries("architectures"))], n=1):
-        return f"Did you mean --arch {near[0]}?"
-    return "timm's models, torchvision's ResNets among them, are timm/NAME. `rscli plugins` lists the others."
+    known = [*field_archs(), *(entry.name for entry in installed().entries("architectures"))]
+    near = installed().offering("architectures", name)[:1] or get_close_matches(name, known, n=1)
+    return did_you_mean(
+        near, "timm's models, among them torchvision's ResNets, are timm/NAME; `rscli plugins` lists the others."
+    )
 
 
 def _check_arch(name: str) -> None:
