@@ -227,7 +227,9 @@ class TrainStep:
             self.__dict__.pop(name, None)
 
     def moved(self, *, images: Tensor | None = None, noise: Tensor | None = None, **extra: Tensor) -> TrainStep:
-        """A step like this one with other `images` or `noise`, and `extra` tensors for the loss: what an attack returns."""
+        """A step like this one with other `images` (batch, channel, height, width) or other `noise` (m, batch, channel, height,
+        width), and `extra` tensors of any shape for the loss: what an attack returns.
+        """
         return replace(
             self,
             images=self.images if images is None else images,
@@ -289,7 +291,8 @@ class Loss(Plugin):
     m: int = Field(1, ge=1, le=4096, description="noisy copies of an image")
 
     def setup(self, context: TrainContext) -> Mapping[str, Tensor]:
-        """What the loss needs to keep, by name, prepared once before the first step: soft labels by index, a teacher's weights.
+        """What the loss needs to keep, tensors of any shape by name, prepared once before the first step: soft labels by index
+        (images, classes), say, or a teacher's weights.
 
         The host hands it to every step as `TrainStep.state`, saves it in checkpoints (a resumed run does not set up again), and
         records its digest in the model file. May raise `rscli.errors.InputError` for what the user can fix.
@@ -325,7 +328,7 @@ class NoisyLoss(Loss):
         raise NotImplementedError
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """The terms of the step's noisy logits, as scalars by name; raises what `terms` raises."""
+        """The terms of the step's noisy logits (m, batch, classes), as scalars by name; raises what `terms` raises."""
         return self.terms(step.noisy_logits, step.labels)
 
 

@@ -18,35 +18,75 @@ if TYPE_CHECKING:
     Run = tuple[Resolved, TrainOptions]
 
 
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Start from a row of a paper; `rscli presets` lists them.",
+        rich_help_panel=opt.SETTINGS,
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="TOML file of settings, which override the preset's.",
+        readable=False,
+        rich_help_panel=opt.SETTINGS,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", min=0, help="Seed of everything random.", rich_help_panel=opt.SETTINGS),
+]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        "--seeds",
+        metavar="N,N,...",
+        help="Several seeds, one after the other, as in 0,1,2; seed K gets the run folder seedK.",
+        rich_help_panel=opt.SETTINGS,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        help="Run folder; with --seeds, the folder that holds them.  [default: runs/NAME/seedK]",
+        readable=False,
+    ),
+]
+ChannelsLast = Annotated[
+    bool | None,
+    typer.Option(
+        "--channels-last/--contiguous",
+        help="Memory layout.  [default: channels-last, where that is safe]",
+        rich_help_panel=opt.SPEED,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and where every value comes from.")]
+
+
 def train(
-    preset: Annotated[str | None, typer.Option("--preset", help="Start from a row of a paper: see `rscli presets`.")] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="A TOML file of settings, above the preset.", readable=False)
-    ] = None,
-    sets: opt.Sets = None,
-    _plugin: opt.PluginFiles = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
-    seeds: Annotated[
-        str | None, typer.Option("--seeds", help="Several seeds one after the other, as 0,1,2: a run folder seedK for each.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Run folder, or with --seeds where they go.  [default: runs/NAME/seedK]", readable=False),
-    ] = None,
-    data_dir: opt.DataDir = opt.DATA_DIR,
-    device: opt.Device = "auto",
-    channels_last: Annotated[
-        bool | None,
-        typer.Option("--channels-last/--contiguous", help="Memory layout.  [default: channels-last, where that is safe]"),
-    ] = None,
-    workers: opt.Workers = opt.WORKERS,
-    download: opt.Download = False,
+    out: Out = None,
     resume: opt.Resume = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, with the source of every value.")
-    ] = False,
+    dry_run: DryRun = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
+    preset: Preset = None,
+    config: Config = None,
+    sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    data_dir: opt.DataDir = opt.DATA_DIR,
+    download: opt.Download = False,
+    workers: opt.Workers = opt.WORKERS,
+    device: opt.Device = "auto",
+    channels_last: ChannelsLast = None,
 ) -> None:
     """Train a classifier that can be certified.
 

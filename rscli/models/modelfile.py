@@ -96,7 +96,8 @@ def file_digest(path: Path) -> str:
 
 
 def content_digest(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
-    """SHA-256 over the card (but for the digest in it) and the names, types, shapes and bytes of `tensors`, sorted by name.
+    """SHA-256 over the card (except the digest in it) and the names, types, shapes and bytes of `tensors` (of any shape),
+    sorted by name.
 
     A changed sigma would make false certificates as surely as changed weights.
     """
@@ -104,7 +105,7 @@ def content_digest(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> st
 
 
 def tensor_digest(tensors: Mapping[str, Tensor], begin: bytes = b"") -> str:
-    """SHA-256 over `begin` and the names, types, shapes and bytes of `tensors`, sorted by name."""
+    """SHA-256 over `begin` and the names, types, shapes and bytes of `tensors` (of any shape), sorted by name."""
     digest = hashlib.sha256(begin)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

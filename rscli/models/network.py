@@ -93,7 +93,8 @@ def _trial(classifier: Classifier, shape: tuple[int, int, int]) -> tuple[int, ..
 
 @contextmanager
 def no_larger_than(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """While a network is built: raises `InputError` as soon as it is much larger than the `tensors` that it is to take.
+    """While a network is built: raises `InputError` as soon as it is much larger than the `tensors` (of any shape) that are to
+    be its weights.
 
     Layers are counted as they are registered, before they are initialised, so that nothing is filled that a file cannot
     fill. A network may register a tensor several times, or replace it while it is built: hence the factor of 4.

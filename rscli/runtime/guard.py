@@ -71,7 +71,7 @@ class calling:  # noqa: N801  # reads as a phrase
 
 
 def draw_noise(smoothing: Noise, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    """Noise of `shape` on `device`, drawn by the plugin `smoothing`; checked but for its values."""
+    """Float32 noise of `shape` (any shape) on `device`, drawn by the plugin `smoothing`; all but its values is checked."""
     with calling(smoothing, "sample"):
         noise = smoothing.sample(shape, generator=generator, device=device)
     if not isinstance(noise, torch.Tensor):

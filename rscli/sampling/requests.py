@@ -78,7 +78,7 @@ class CertifierRequest:
         return self.load()
 
     def receive(self, counts: Counts) -> bool:
-        """Selection counts make the plan; counts at a look make a decision, or lead to the next look."""
+        """Takes the `counts` (classes,): selection counts make the plan, counts at a look a decision or the next look."""
         self.fresh = self.plan is None
         if self.plan is None:
             return self._begin(counts)

@@ -29,7 +29,10 @@ class SetupContext(TrainContext):
         self._split, self._progress, self._stop = split, progress, stop
 
     def batches(self, batch: int = 256) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Every training image once, under the test transform: indices, images, labels. Raises `Stopped` when asked to stop."""
+        """Every training image once, under the test transform: indices (b,), images (b, channel, height, width), labels (b,).
+
+        Raises `Stopped` when asked to stop.
+        """
         labels = torch.from_numpy(self._split.labels)
         self._progress.start("prepare", self.images, 0, "image")
         try:

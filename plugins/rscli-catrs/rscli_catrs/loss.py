@@ -61,7 +61,10 @@ class CatRs(Loss):
         return {"soft_labels": read_or_make(context, self.soft_labels, self.teacher, self.votes)}
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """`low` and `high`, scalars in nats, the latter multiplied by lbd already; the objective of the class's docstring."""
+        """The objective of the class's docstring, from logits (m, batch, classes) under the step's noise and under the worst.
+
+        `low` and `high` are scalars in nats, the latter multiplied by lbd already.
+        """
         from torch import rand
         from torch.nn.functional import cross_entropy
 

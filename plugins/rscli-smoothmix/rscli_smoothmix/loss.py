@@ -43,7 +43,10 @@ class SmoothMix(Loss):
         return min(1.0, (epoch + 1) / max(self.warmup, 1))
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """`ce` and `mixup`, scalars in nats, the latter multiplied by eta w already; the objective of the class's docstring."""
+        """The objective of the class's docstring, from logits (m, batch, classes) of the noisy images and of the mixed ones.
+
+        `ce` and `mixup` are scalars in nats, the latter multiplied by eta w already.
+        """
         from torch import rand
         from torch.nn.functional import cross_entropy
 

@@ -57,9 +57,9 @@ class Fit:
 def fit_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], rename: Callable[[str], str] = str) -> Fit:
     """Finds the network's names (the keys of `expected`) behind whatever the file puts in front of them.
 
-    `rename` translates a name of the file to the network's, with whatever is in front of it.
-
-    Counters of batches, which old versions of torch did not save and evaluation does not need, are 0 where they are missing.
+    Tensors may have any shape: shapes are compared later (`Fit.misshapen`). `rename` translates a name of the file to the
+    network's, with whatever is in front of it. Counters of batches, which old versions of torch did not save and evaluation
+    does not need, are 0 where they are missing.
     """
     names = {rename(name): name for name in tensors}
     counts = _prefixes(names, expected)
