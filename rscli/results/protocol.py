@@ -59,7 +59,7 @@ class _Info(_Part):
     train_seed: int | None = None
     batch: int | None = Field(None, ge=1, le=10**6)
     channels_last: bool | None = None
-    lanes: int | None = Field(None, ge=1)
+    lanes: int | None = Field(None, ge=1)  # batches in parallel: the file keeps the old name
     threads: int | None = Field(None, ge=1)
     trial: bool | None = None
     compile: bool | None = None

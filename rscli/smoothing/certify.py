@@ -366,7 +366,7 @@ def _protocol(
             "max": options.max,
             "batch": sampler.batch,
             "channels_last": choice.channels_last,
-            "lanes": choice.lanes,
+            "lanes": choice.parallel,
             "trial": choice.speed is not None,
             "compile": choice.compiled,
             "classes": len(card.spec.class_names),
