@@ -53,7 +53,7 @@ class Registry:
         Core plugins announce it in the entry-point group `rscli.defaults`, as `noises = "NAME"`.
         """
         if kind not in self._defaults:
-            raise PluginError(f"no installed package says which of the {kind} is the usual one", "Install rscli again.")
+            raise PluginError(f"no installed package announces a default for {kind}", "Reinstall rscli.")
         return self._defaults[kind]
 
     def find(self, kind: str, name: str) -> tuple[Entry, str | None]:
@@ -187,7 +187,7 @@ def load_entry(entry: Entry) -> type[Plugin]:
 def check_contract(entry: Entry, plugin: type[Plugin]) -> None:
     """Raises `PluginError`, saying which side to update, if the plugin was written for another version of the contract."""
     if plugin.api_version != API_VERSION:
-        text = f"the {entry} is written for version {plugin.api_version} of rscli.api, and this is version {API_VERSION}"
+        text = f"the {entry} is written for version {plugin.api_version} of rscli.api, but this is version {API_VERSION}"
         older = isinstance(plugin.api_version, int) and plugin.api_version < API_VERSION
         raise PluginError(text, f"Update {entry.package}." if older else "Update rscli (pip install --upgrade rscli).")
 

@@ -390,7 +390,7 @@ def test_a_finished_run_resumes_to_nothing(model, whole, tmp_path):
 
 def test_results_are_not_overwritten(model, whole):
     before = whole.read_bytes()
-    with pytest.raises(InputError, match="exists already") as error:
+    with pytest.raises(InputError, match="already exists") as error:
         certify(options(model, whole), Silent())
     assert "--resume" in str(error.value)
     assert whole.read_bytes() == before

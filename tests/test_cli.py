@@ -206,7 +206,7 @@ def test_a_run_is_not_overwritten(run):
     refused(
         rscli("train", "--preset", "digits-gaussian-0.25", *QUICK, "--out", run), "holds a training run already", "--resume"
     )
-    refused(rscli("certify", run, "--n", 40, "--max", 4), "exists already", "--resume")
+    refused(rscli("certify", run, "--n", 40, "--max", 4), "already exists", "--resume")
 
 
 # --- --json, and stdout for nothing else ---

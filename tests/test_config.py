@@ -400,11 +400,11 @@ WRONG = {
     "header-outside-a-file": (["preset.title=x"], None),
     "value-for-section": (["optimizer=3"], "optimizer = 3 (--set): is a section; write optimizer.name=NAME"),
     "value-for-plugin": (["loss=stability"], 'loss = "stability" (--set): is a section; write loss.name=NAME'),
-    "no-equals": (["epochs"], "--set 'epochs': must read key=value, such as --set loss.lbd=5"),
-    "empty-key": (["loss.=3"], "--set 'loss.=3': must read key=value, such as --set loss.lbd=5"),
+    "no-equals": (["epochs"], "--set 'epochs': must be KEY=VALUE, such as --set loss.lbd=5"),
+    "empty-key": (["loss.=3"], "--set 'loss.=3': must be KEY=VALUE, such as --set loss.lbd=5"),
     "variant-twice": (
         ["arch.name=zoo/tiny", "arch.model=big"],
-        "arch.model = \"big\" (--set): is said already by arch.name = 'zoo/tiny'; leave one out",
+        "arch.model = \"big\" (--set): is already given by arch.name = 'zoo/tiny'; leave one out",
     ),
     "variant-missing": (["arch.name=zoo"], "arch.model: is missing (a name from the zoo); write --set arch.model=VALUE"),
     "copies": (

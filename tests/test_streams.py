@@ -42,7 +42,7 @@ def test_an_answer_that_cannot_be_written_is_an_error_said_once(arguments, strea
     done = shell(arguments, streams)
     assert done.stderr.splitlines() == [
         f"error: cannot write the answer to stdout: {reason}",
-        "Send it to a place that can be written to.",
+        "Redirect stdout to a place that can be written to.",
     ]
     assert done.returncode == 1
 

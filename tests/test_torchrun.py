@@ -147,7 +147,7 @@ def test_a_port_that_is_taken(monkeypatch):
         taken.bind(("", 0))
         taken.listen()
         surroundings(monkeypatch, taken.getsockname()[1], 0)
-        with pytest.raises(InputError, match=r"cannot listen at the port MASTER_PORT = \d+: Address already in use"):
+        with pytest.raises(InputError, match=r"cannot listen on the port MASTER_PORT = \d+: Address already in use"):
             join(print, StopRequest())
 
 

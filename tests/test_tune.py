@@ -168,7 +168,7 @@ def test_what_is_given_is_kept(kept, tried, monkeypatch):
 
 @pytest.mark.parametrize(("threads", "tried"), [(1, [1]), (3, [3, 1]), (4, [4, 1]), (16, [16, 1, 4])])
 @pytest.mark.parametrize("best", [0, -1])
-def test_one_lane_or_as_many_as_there_are_threads_or_some(threads, tried, best, monkeypatch):
+def test_one_at_a_time_or_as_many_as_there_are_threads_or_some(threads, tried, best, monkeypatch):
     """How fast each is, is pretended: real threads share the clock."""
     asked = []
 

@@ -175,7 +175,7 @@ NOISES = {
     "probability-below-half": ("    def probability(self, radius): return 0.3", "gave 0.3 for the radius 0.25"),
     "probability-above-one": ("    def probability(self, radius): return 2.0", "gave 2.0"),
     "probability-none": ("    def probability(self, radius): return None", "a threshold = None"),
-    "sample-array": ("    def sample(self, shape, **_): return np.zeros(shape)", "which is no tensor"),
+    "sample-array": ("    def sample(self, shape, **_): return np.zeros(shape)", "which is not a tensor"),
     "sample-shape": (
         "    def sample(self, shape, **_):\n        import torch\n        return torch.zeros(shape[1:])",
         "returned noise of (3, 4)",

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Never
 
 INTERRUPTED = "interrupted"
-STOPPED = "stopped: the same command begins again, or with --resume goes on where a run had come to"
+STOPPED = "stopped: run the same command again, with --resume to continue a run that has begun"
 
 
 class Terminated(BaseException):

@@ -119,7 +119,7 @@ def numbers(text: str | None, option: str) -> tuple[float, ...]:
     except ValueError:
         raise InputError(f"{option} is {text!r}, but must be numbers separated by commas", f"As in {option} 0.25,0.5") from None
     if any(b <= a for a, b in pairwise(values)) or not all(0 <= v < float("inf") for v in values):
-        raise InputError(f"{option} is {text!r}, but must increase and not be negative", f"As in {option} 0,0.25,0.5")
+        raise InputError(f"{option} is {text!r}, but must be increasing numbers, 0 or more", f"As in {option} 0,0.25,0.5")
     return values
 
 

@@ -148,7 +148,7 @@ def _seeds(seeds: str | None, seed: int | None) -> list[int | None]:
         raise InputError(f"--seed {seed} and --seeds {seeds} are both given", "Give one of them.")
     parts = [part.strip() for part in seeds.split(",")]
     if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise InputError(f"--seeds is {seeds!r}, but must be different whole numbers, 0 or more", "As in --seeds 0,1,2")
+        raise InputError(f"--seeds is {seeds!r}, but must be distinct whole numbers, 0 or more", "As in --seeds 0,1,2")
     return [int(part) for part in parts]
 
 
@@ -164,8 +164,8 @@ def _check_unused(runs: list[Run]) -> None:
 
     used = [str(how.out) for _, how in runs if RunFolder(how.out).config.exists()]
     if used:
-        hint = "Add --resume to go on with what is there, or choose another folder with --out."
-        raise InputError(f"there is a training run already in {', '.join(used)}", hint)
+        hint = "Add --resume to continue it, or choose another folder with --out."
+        raise InputError(f"there is already a training run in {', '.join(used)}", hint)
 
 
 def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
@@ -194,11 +194,11 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
         table.add_row(*map(one_line, shown))
     console = stdout()
     console.print(table)
-    images = "unknown until the data are there" if plan.images is None else f"{plan.images:,}"
+    images = "unknown until the data set is there" if plan.images is None else f"{plan.images:,}"
     steps = "unknown" if plan.steps_per_epoch is None else f"{plan.steps_per_epoch:,}"
     console.print(f"\nparameters      {plan.parameters:,}", highlight=False)
     console.print(f"training images {images}", highlight=False)
-    chunks = f" (each batch in {plan.chunks} chunks, a step each)" if plan.chunks > 1 else ""
+    chunks = f" (each batch in {plan.chunks} chunks, one step each)" if plan.chunks > 1 else ""
     console.print(f"steps per epoch  {steps}{chunks}", highlight=False)
     files = [str(file) for plan in plans for file in plan.files]
     console.print("would write     " + "\n                ".join(files), highlight=False)

@@ -89,7 +89,7 @@ def published_for(preset: str) -> PublishedRow | None:
     row = next((row for row in published_rows() if row.key == key), None)
     if row is None:
         raise InputError(
-            f"the preset {preset} names published figures that no table holds: {key}", "Fix its [preset.published]."
+            f"the preset {preset} refers to published figures that are in no table: {key}", "Fix its [preset.published]."
         )
     return row
 

@@ -71,7 +71,7 @@ def build_classifier(architecture: Architecture, spec: DataSpec, *, weights: boo
     with calling(architecture, "build"):
         network = architecture.build(spec, weights=weights)
     if not isinstance(network, nn.Module):
-        raise broken(architecture, "build", f"returned {network!r:.80}, which is no torch module")
+        raise broken(architecture, "build", f"returned {network!r:.80}, which is not a torch module")
     classifier = Classifier(network, spec, normalizes=architecture.normalizes)
     classifier.eval()
     with calling(architecture, "build: the forward of its network"):

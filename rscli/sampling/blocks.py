@@ -58,7 +58,7 @@ class Piece:
             made = self.block.smoothing.apply(self.image, noise, out=out)
         if not isinstance(made, Tensor) or made.shape != out.shape:
             found = tuple(made.shape) if isinstance(made, Tensor) else f"{made!r:.80}"
-            raise broken(self.block.smoothing, "apply", f"returned {found} where {tuple(out.shape)} is wanted")
+            raise broken(self.block.smoothing, "apply", f"returned {found} where {tuple(out.shape)} is expected")
         if made is not out:  # a distribution that does not know how to write to a place
             out.copy_(made)
 

@@ -166,7 +166,7 @@ def _compiled(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Sto
     except RscliError:
         raise
     except Exception as cause:
-        hint = "Use --no-compile: the rows are the same but for last-bit ties of the network."
+        hint = "Use --no-compile: it changes no vote, except where two logits are equal up to the last bits."
         raise RscliError(f"torch.compile cannot compile this model here: {_first_line(cause)}", hint) from cause
 
 

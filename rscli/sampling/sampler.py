@@ -27,7 +27,7 @@ from rscli.sampling.blocks import BLOCK, NoiseBlocks, Piece, cut
 from rscli.sampling.requests import Request
 from rscli.sampling.threads import worker_threads
 
-TOO_LARGE = "Free its memory, or take another device (--device)."
+TOO_LARGE = "Free memory on it, or use another device (--device)."
 
 SPARE = 4
 """For each batch under way, so many batches' worth of drawn noise are kept at most: the rest of blocks whose next samples were
@@ -207,7 +207,7 @@ class Sampler:
         logits = self.model(self._assemble(pieces, batch))
         if tuple(logits.shape) != (batch, self.classes):
             shape = (batch, self.classes)
-            raise PluginError(f"the model returned logits of shape {tuple(logits.shape)}, where {shape} was announced")
+            raise PluginError(f"the model returned logits of shape {tuple(logits.shape)}, but {shape} was expected")
         used = sum(piece.samples for piece in pieces)
         return logits[:used].argmax(-1), logits[:used].sum(dtype=torch.float32)  # float16 would overflow
 
