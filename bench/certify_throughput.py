@@ -1,4 +1,4 @@
-"""Samples a second of certification with fixed n: the usual way, our engine, and the bare network as the limit.
+"""Samples per second of certification with fixed n: the usual way, our engine, and the bare network as the limit.
 
     python bench/certify_throughput.py                   # LeNet on MNIST's shape, ResNet-20 on CIFAR's; some minutes
     python bench/certify_throughput.py --networks lenet --seconds 1 --rounds 3
@@ -169,7 +169,7 @@ def fastest_bare(case: Case, choice: Choice, precision: str) -> Choice:
 
 
 def measure(ways: dict[str, Way], *, target: float, rounds: int) -> dict[str, list[float]]:
-    """Samples a second of each way in each round; a measurement takes about `target` seconds."""
+    """Samples per second of each way in each round; a measurement takes about `target` seconds."""
     sizes = {}
     for name, way in ways.items():
         way(2048)  # warm

@@ -10,7 +10,7 @@ This module imports no torch, so that listings stay fast; plugins that keep torc
 favour to their users.
 
 Conventions: images are float tensors `(batch, channel, height, width)` with pixels in [0, 1] **before any normalisation**;
-sigma, epsilon and radii are L2 lengths in the same units; `m` counts the noisy copies of an image.
+sigma, epsilon and radii are L2 lengths in the same units; `m` counts the noisy copies per image.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ class Loss(Plugin):
     """Whether a batch is split into m chunks, each with m copies and its own optimiser step (so that a forward keeps the
     rows of a batch), as the published code of most methods does. `chunk = false` in a configuration overrides it."""
 
-    m: int = Field(1, ge=1, le=4096, description="noisy copies of an image")
+    m: int = Field(1, ge=1, le=4096, description="noisy copies per image")
 
     def setup(self, context: TrainContext) -> Mapping[str, Tensor]:
         """What the loss needs to keep, tensors of any shape by name, prepared once before the first step: soft labels by index
@@ -337,7 +337,7 @@ class Attack(Plugin):
 
     kind: ClassVar[str] = "attacks"
     min_m: ClassVar[int] = 1
-    """The fewest noisy copies of an image that it can work with: with fewer, training does not begin."""
+    """The fewest noisy copies per image that it can work with: with fewer, training does not begin."""
 
     def perturb(self, step: TrainStep) -> TrainStep:
         """The step that the loss is to train on: `step.moved(images=..., noise=..., NAME=...)`.
@@ -541,7 +541,7 @@ class Augmentation(BaseModel):
 class DataSpec(BaseModel):
     """What a model must know of its data: class names, input shape, normalisation and transforms.
 
-    A model file may hold any of it, so everything is bounded before anything is allocated: `LARGEST_IMAGE` values an image,
+    A model file may hold any of it, so everything is bounded before anything is allocated: `LARGEST_IMAGE` values per image,
     with its padding; `MOST_CLASSES` classes; mean and std for each channel, both or neither, std in [1e-6, 1e6].
     """
 

@@ -275,7 +275,7 @@ def test_start_skip_and_max_take_the_images_that_they_document(model, tmp_path, 
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
-        ({"start": 360}, r"--start 360 lies behind the last of the 360 images"),
+        ({"start": 360}, r"--start is 360, but the split 'test' has only 360 images"),
         ({"start": -1}, r"--start is -1, but must be at least 0"),
         ({"skip": 0}, r"--skip is 0, but must be at least 1"),
         ({"max": 0}, r"--max is 0, but must be at least 1"),

@@ -507,7 +507,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match="there is no configuration file"):
         resolve(config_file=tmp_path / "absent.toml")
-    with pytest.raises(InputError, match="is no file, so it is no configuration"):
+    with pytest.raises(InputError, match="is not a file, so it cannot be a configuration"):
         resolve(config_file=tmp_path)
 
 

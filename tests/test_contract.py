@@ -672,7 +672,7 @@ def test_old_names_are_read_with_a_note(tmp_path):
     assert old.as_dict() == now.as_dict()
     assert len(old.notes) == 2
     assert not now.notes
-    assert "schedule.drops is called schedule.milestones now (--set)" in old.notes
+    assert "schedule.drops is now called schedule.milestones (--set)" in old.notes
     assert old.sources["schedule.gamma"] == "--set"
     file = tmp_path / "mine.toml"
     file.write_text("[schedule]\ndrops = [1]\n", encoding="utf-8")

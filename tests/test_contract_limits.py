@@ -396,7 +396,7 @@ def test_a_label_that_is_not_that_of_the_data_is_found_on_resume(tmp_path):
 @pytest.mark.parametrize(
     ("sets", "milestones", "said"),
     [
-        (["schedule.drops=[7]"], (7,), "schedule.drops is called schedule.milestones now (--set)"),
+        (["schedule.drops=[7]"], (7,), "schedule.drops is now called schedule.milestones (--set)"),
         (["schedule.drops=[7]", "schedule.milestones=[5]"], (5,), "is left out"),
         (["schedule.milestones=[5]"], (5,), None),
         (["schedule.name=rscli:step"], (14, 18), None),

@@ -463,7 +463,7 @@ def test_shards_that_extend_a_result_are_not_missed_where_they_have_nothing_to_d
     seen = read_results(out)
     assert len(seen.idx) == IMAGES
     assert len(seen.notes) == 1
-    assert "1 part is not put together yet" in seen.notes[0]
+    assert "1 part is not merged yet" in seen.notes[0]
     certify(options(model, out, resume=True), Silent())
     finished_like(out, whole)
 

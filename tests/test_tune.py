@@ -272,7 +272,7 @@ def test_a_long_run_without_a_trial_says_what_it_will_cost_too(model, tmp_path, 
     certify(options(model, tmp_path / "r.tsv", sampling=SamplingOptions(device="cpu", **flags)), heard)
     assert trials == []
     assert heard.notes[0].endswith("11 samples/s")
-    assert heard.notes[1] == "6 images, at most 1,320 samples: about 0:02:00 at that speed"
+    assert heard.notes[1] == "6 images, at most 1,320 samples: about 0:02:00 at this speed"
 
 
 @pytest.mark.parametrize(
@@ -296,8 +296,8 @@ def test_the_cost_of_a_long_run_is_said_before_it_begins(model, tmp_path, trials
     heard = Listening()
     tally = certify(options(model, tmp_path / "r.tsv"), heard)
     trial, price = heard.notes
-    assert trial == "trial: batch 96, contiguous: 1,000,000 samples/s"
-    assert price == "6 images, at most 1,320 samples: about 0:00:00 at that speed"
+    assert trial == "trial: batch size 96, contiguous: 1,000,000 samples/s"
+    assert price == "6 images, at most 1,320 samples: about 0:00:00 at this speed"
     assert tally.samples == 1320
 
 
@@ -305,13 +305,13 @@ def test_with_labels_there_are_no_selection_samples_in_the_cost(model, tmp_path,
     heard, wanted = Listening(), {"certifier": {"name": "sequential", "n": 5_000}, "radii": (0.0, 0.25)}
     for labels, most in ((False, 5_100), (True, 5_000)):
         certify(options(model, tmp_path / f"{labels}.tsv", **wanted, labels=labels), heard)
-        assert heard.notes[-1].startswith(f"6 images, at most {6 * most:,} samples: about 0:00:00 at that speed")
+        assert heard.notes[-1].startswith(f"6 images, at most {6 * most:,} samples: about 0:00:00 at this speed")
 
 
 def test_hours_are_shown_as_hours_and_divided_among_processes(model):
     images = CertificationTask(load_model(model), installed().build("certifiers", {"name": "cohen"}), lambda index: None)
     said = at_most(images, 0, 500, 1_000.0, 2)
-    assert said == "500 images, at most 50,050,000 samples: about 6:57:05 at that speed"
+    assert said == "500 images, at most 50,050,000 samples: about 6:57:05 at this speed"
 
 
 def test_a_trial_changes_no_row(model, tmp_path, trials, monkeypatch):
@@ -366,7 +366,7 @@ def faster(make, choice, shape, stop) -> float:
 def test_a_run_of_hours_tries_torch_compile_and_its_continuation_keeps_it(model, tmp_path, hours, monkeypatch):
     calls, heard, out = pretend_to_compile(monkeypatch, faster), Listening(), tmp_path / "r.tsv"
     certify(options(model, out, max=3), heard)
-    assert heard.notes[0] == "trial: batch 96, contiguous, compiled: 2,000,000 samples/s"
+    assert heard.notes[0] == "trial: batch size 96, contiguous, compiled: 2,000,000 samples/s"
     assert compiled(out)
     assert calls == [{"mode": "default", "dynamic": False}]
     certify(options(model, out, resume=True), Silent())

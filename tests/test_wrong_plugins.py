@@ -93,7 +93,7 @@ CERTIFIERS = {
     "plan-zero": ("    def plan(self, counts, question): return Plan(0, (0, 5))", "look = 0"),
     "plan-fraction": ("    def plan(self, counts, question): return Plan(0, (2.5,))", "look = 2.5"),
     "plan-too-many": ("    def plan(self, counts, question): return Plan(0, (self.n + 1,))", "look = 101"),
-    "plan-looks-text": ("    def plan(self, counts, question): return Plan(0, '5')", "no Plan with looks"),
+    "plan-looks-text": ("    def plan(self, counts, question): return Plan(0, '5')", "not a Plan with looks"),
     "decide-text": ("    def decide(self, counts, n, plan): return 'cat'", "decide returned 'cat'"),
     "decide-never": ("    def decide(self, counts, n, plan): return None", "did not decide at its last look (100)"),
     "decide-raises": ("    def decide(self, counts, n, plan): return counts['x']", "failed in decide: IndexError"),

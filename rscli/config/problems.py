@@ -1,4 +1,4 @@
-"""Collects everything that is wrong with a configuration, one line a key, so that it can be said at once."""
+"""Collects everything that is wrong with a configuration, one line per key, so that it can be said at once."""
 
 from __future__ import annotations
 

@@ -35,10 +35,10 @@ class CatRs(Loss):
     `soft_labels` for other runs.
     """
 
-    m: int = Field(4, ge=1, le=4096, description="noisy copies of an image")
+    m: int = Field(4, ge=1, le=4096, description="noisy copies per image")
     lbd: float = Field(ge=0, description="weight of the worst-case term")
     epsilon: float = Field(
-        1.0, gt=0, description="length of the change of a noise, at most", json_schema_extra=unit("[0, 1] pixels")
+        1.0, gt=0, description="maximum length of the perturbation of the noise", json_schema_extra=unit("[0, 1] pixels")
     )
     steps: int = Field(4, ge=1, le=1000, description="attack steps, each of length 2 epsilon / steps")
     teacher: Path | None = Field(None, description="model file (or run folder) whose votes are the soft labels")

@@ -31,7 +31,7 @@ class SmoothMix(Loss):
     1e-8.
     """
 
-    m: int = Field(4, ge=1, le=4096, description="noisy copies of an image")
+    m: int = Field(4, ge=1, le=4096, description="noisy copies per image")
     eta: float = Field(5.0, ge=0, description="weight of the mixup term")
     alpha: float = Field(1.0, gt=0, description="length of an adversarial step", json_schema_extra=unit("[0, 1] pixels, L2"))
     steps: int = Field(4, ge=1, le=1000, description="adversarial steps (T in the paper)")

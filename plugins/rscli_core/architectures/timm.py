@@ -125,7 +125,7 @@ def _no_weights(model: str, cause: Exception) -> InputError:
 
 
 def _try_forward(network: nn.Module, classes: int, input_shape: tuple[int, int, int]) -> None:
-    """Raises what the network raises on a black image, and `ValueError` unless it answers one logit a class."""
+    """Raises what the network raises on a black image, and `ValueError` unless it returns one logit per class."""
     import torch
 
     network.eval()  # neither draws random numbers nor moves the batch statistics
@@ -134,4 +134,4 @@ def _try_forward(network: nn.Module, classes: int, input_shape: tuple[int, int, 
     network.train()
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         answer = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-        raise ValueError(f"it answers {answer} where logits (1, {classes}) are wanted")
+        raise ValueError(f"it returned {answer} instead of logits (1, {classes})")
