@@ -71,7 +71,7 @@ class ImageFolder(Dataset):
         if self.std is not None and min(self.std) < 1e-6:
             raise ValueError(f"every std must be above 0 (1e-6 or more), got {self.std}")
         if self.cache == "memory" and self.augment == "resized-crop":
-            raise ValueError("augment = resized-crop reads the original files each time, so cache = memory is no use")
+            raise ValueError("augment = resized-crop reads the original files each time: cache = memory cannot serve it")
         return self
 
     def spec(self, root: Path) -> DataSpec:
