@@ -4,7 +4,7 @@
     python bench/certify_ranks.py MODEL --data-dir data --images 20 --n 100000
 
 Both ways run `rscli certify` as a user would, in turn (A B A B ...): one process with K threads, and torchrun with K ranks of
-one thread each. Samples a second are those that each run reports, from the first batch to the finished file; the whole time
+one thread each. Samples per second are those that each run reports, from the first batch to the finished file; the whole time
 includes Python's and torch's start. Ratios are medians of each round's ratio. The files must be equal in all columns but the
 time; the batch size is given, as another one may change the last bits of the network's output.
 """
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def speed(self) -> float:
-        """Samples a second, start-up excluded."""
+        """Samples per second, start-up excluded."""
         return self.samples / self.seconds
 
 

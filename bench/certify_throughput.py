@@ -1,4 +1,4 @@
-"""Samples a second of certification with fixed n: the usual way, our engine, and the bare network as the limit.
+"""Samples per second of certification with fixed n: the usual way, our engine, and the bare network as the limit.
 
     python bench/certify_throughput.py                   # LeNet on MNIST's shape, ResNet-20 on CIFAR's; some minutes
     python bench/certify_throughput.py --networks lenet --seconds 1 --rounds 3
@@ -6,7 +6,7 @@
 All ways are measured in turn, round after round, in one run (A B C A B C ...), so that whatever else the machine does meets all
 of them; figures are medians over the rounds, ratios medians of each round's ratio. Weights are random: they do not matter for
 the speed. The bare network classifies one batch of noise drawn beforehand, in the layout that our trial chose, and in whatever
-batch size and number of lanes is fastest for it.
+batch size and number of parallel batches is fastest for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rscli.runtime.devices import device_name, memory_layout, pick_device, preci
 from rscli.sampling.autotune import BATCHES, Choice, Make, tune
 from rscli.sampling.requests import CertifierRequest
 from rscli.sampling.sampler import Sampler
-from rscli.sampling.threads import lanes, lanes_of
+from rscli.sampling.threads import parallel_batches, worker_threads
 
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lenet": ({"name": "lenet"}, {"name": "mnist"}),
@@ -106,7 +106,7 @@ def maker(case: Case, precision: str) -> Make:
             device=case.device,
             precision=precision,
             channels_last=choice.channels_last,
-            lanes=choice.lanes,
+            parallel=choice.parallel,
         )
 
     return make
@@ -115,7 +115,7 @@ def maker(case: Case, precision: str) -> Make:
 def chosen(case: Case, precision: str) -> Choice:
     """What the trial of a long run chooses."""
     make = maker(case, precision)
-    return tune(make, case.device, case.shape, batch=None, channels_last=None, lanes=lanes_of(case.device))
+    return tune(make, case.device, case.shape, batch=None, channels_last=None, parallel=parallel_batches(case.device))
 
 
 def ours(case: Case, sampling: Sampler) -> Way:
@@ -147,29 +147,29 @@ def bare(case: Case, choice: Choice, precision: str) -> Way:
                 model(images)
 
     def run(samples: int) -> None:
-        each = math.ceil(samples / choice.batch / choice.lanes)
-        with lanes(choice.lanes) as pool:
+        each = math.ceil(samples / choice.batch / choice.parallel)
+        with worker_threads(choice.parallel) as pool:
             if pool is None:
                 batches(each)
             else:
-                list(pool.map(batches, [each] * choice.lanes))
+                list(pool.map(batches, [each] * choice.parallel))
 
     return run
 
 
 def fastest_bare(case: Case, choice: Choice, precision: str) -> Choice:
-    """The batch size and lanes with which the network alone is fastest, in the layout of `choice`; a compiled one stays."""
+    """The batch size and number of parallel batches that are fastest for the network alone, in the layout of `choice`."""
     if choice.compiled:
         return choice
-    most = lanes_of(case.device)
+    most = parallel_batches(case.device)
     several = {1, max(1, most // 4), most}  # as our trial
-    candidates = [replace(choice, batch=b, lanes=k) for b in BATCHES[case.device.type] for k in several]
+    candidates = [replace(choice, batch=b, parallel=k) for b in BATCHES[case.device.type] for k in several]
     speeds = measure({str(c): bare(case, c, precision) for c in candidates}, target=0.4, rounds=3)
     return max(candidates, key=lambda c: median(speeds[str(c)]))
 
 
 def measure(ways: dict[str, Way], *, target: float, rounds: int) -> dict[str, list[float]]:
-    """Samples a second of each way in each round; a measurement takes about `target` seconds."""
+    """Samples per second of each way in each round; a measurement takes about `target` seconds."""
     sizes = {}
     for name, way in ways.items():
         way(2048)  # warm
@@ -190,9 +190,9 @@ def profile(case: Case, choice: Choice, precision: str, samples: int) -> dict[st
     """Microseconds a sample in each part of the engine, on one processor of a CPU; on a GPU every part is waited for."""
     before = torch.get_num_threads()
     if case.device.type == "cpu":
-        torch.set_num_threads(1)  # as in a lane
+        torch.set_num_threads(1)  # as on a worker thread
     try:
-        return _profile(case, maker(case, precision)(replace(choice, lanes=1)), samples)
+        return _profile(case, maker(case, precision)(replace(choice, parallel=1)), samples)
     finally:
         torch.set_num_threads(before)
 

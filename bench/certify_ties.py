@@ -67,7 +67,7 @@ MANNERS = {
     "batch 64": Manner(batch=64),
     "batch 1000": Manner(batch=1000),
     "contiguous": Manner(channels_last=False),
-    "one thread (a lane)": Manner(threads=1),
+    "one thread (a worker)": Manner(threads=1),
     "compiled": Manner(compiled=True),
     "bf16": Manner(precision="bf16"),
 }

@@ -1,7 +1,7 @@
 """The usual way to sample, written from its description, as the baseline of our benchmarks.
 
-Cohen et al. 2019 (arXiv 1902.02918), section 3.2: one image a batch of 1,000 noisy copies in the contiguous layout, predictions
-brought to the host after every batch, and counted there in a Python loop.
+Cohen et al. 2019 (arXiv 1902.02918), section 3.2: one image at a time, in contiguous batches of 1,000 noisy copies,
+predictions brought to the host after every batch, and counted there in a Python loop.
 """
 
 from __future__ import annotations

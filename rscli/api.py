@@ -10,7 +10,7 @@ This module imports no torch, so that listings stay fast; plugins that keep torc
 favour to their users.
 
 Conventions: images are float tensors `(batch, channel, height, width)` with pixels in [0, 1] **before any normalisation**;
-sigma, epsilon and radii are L2 lengths in the same units; `m` counts the noisy copies of an image.
+sigma, epsilon and radii are L2 lengths in the same units; `m` counts the noisy copies per image.
 """
 
 from __future__ import annotations
@@ -257,7 +257,9 @@ class TrainStep:
             self.__dict__.pop(name, None)
 
     def moved(self, *, images: Tensor | None = None, noise: Tensor | None = None, **extra: Tensor) -> TrainStep:
-        """A step like this one with other `images` or `noise`, and `extra` tensors for the loss: what an attack returns."""
+        """A step like this one with other `images` (batch, channel, height, width) or other `noise` (m, batch, channel, height,
+        width), and `extra` tensors of any shape for the loss: what an attack returns.
+        """
         return replace(
             self,
             images=self.images if images is None else images,
@@ -316,10 +318,11 @@ class Loss(Plugin):
     """Whether a batch is split into m chunks, each with m copies and its own optimiser step (so that a forward keeps the
     rows of a batch), as the published code of most methods does. `chunk = false` in a configuration overrides it."""
 
-    m: int = Field(1, ge=1, le=4096, description="noisy copies of an image")
+    m: int = Field(1, ge=1, le=4096, description="noisy copies per image")
 
     def setup(self, context: TrainContext) -> Mapping[str, Tensor]:
-        """What the loss needs to keep, by name, prepared once before the first step: soft labels by index, a teacher's weights.
+        """What the loss needs to keep, tensors of any shape by name, prepared once before the first step: soft labels by index
+        (images, classes), say, or a teacher's weights.
 
         The host hands it to every step as `TrainStep.state`, saves it in checkpoints (a resumed run does not set up again), and
         records its digest in the model file. May raise `rscli.errors.InputError` for what the user can fix.
@@ -355,7 +358,7 @@ class NoisyLoss(Loss):
         raise NotImplementedError
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """The terms of the step's noisy logits, as scalars by name; raises what `terms` raises."""
+        """The terms of the step's noisy logits (m, batch, classes), as scalars by name; raises what `terms` raises."""
         return self.terms(step.noisy_logits, step.labels)
 
 
@@ -364,7 +367,7 @@ class Attack(Plugin):
 
     kind: ClassVar[str] = "attacks"
     min_m: ClassVar[int] = 1
-    """The fewest noisy copies of an image that it can work with: with fewer, training does not begin."""
+    """The fewest noisy copies per image that it can work with: with fewer, training does not begin."""
 
     def perturb(self, step: TrainStep) -> TrainStep:
         """The step that the loss is to train on: `step.moved(images=..., noise=..., NAME=...)`.
@@ -572,7 +575,7 @@ class Augmentation(BaseModel):
 class DataSpec(BaseModel):
     """What a model must know of its data: class names, input shape, normalisation and transforms.
 
-    A model file may hold any of it, so everything is bounded before anything is allocated: `LARGEST_IMAGE` values an image,
+    A model file may hold any of it, so everything is bounded before anything is allocated: `LARGEST_IMAGE` values per image,
     with its padding; `MOST_CLASSES` classes; mean and std for each channel, both or neither, std in [1e-6, 1e6].
     """
 

@@ -158,7 +158,7 @@ def _text(one: metadata.Distribution, name: str) -> str | None:
                 return None
             raise _DamagedError(f"{name} is not a regular file")
         if file.is_file() and file.stat().st_size > LARGEST:
-            raise _DamagedError(f"{name} has {file.stat().st_size:,} bytes, and is taken for damaged above {LARGEST:,}")
+            raise _DamagedError(f"{name} has {file.stat().st_size:,} bytes, and is considered damaged above {LARGEST:,}")
     try:
         text = one.read_text(name)
     except UnicodeDecodeError as cause:
@@ -211,7 +211,7 @@ def _one_of_a_name(whole: list[Distribution]) -> tuple[list[Distribution], list[
         for one in copies:
             if (one.version, one.points) != (best.version, best.points) and (one.points or best.points):
                 hint = f"Remove {one.where} if it is a leftover."
-                text = f"{one.name} {one.version} is there twice, and left out for {best.version} in {best.where}"
+                text = f"{one.name} {one.version} is installed twice, and ignored in favour of {best.version} in {best.where}"
                 problems.append(Problem(one.where, text, hint))
     return chosen, problems
 

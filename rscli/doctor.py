@@ -44,7 +44,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding(True, f"mps{_abilities('mps')}")
     if torch.version.cuda and not torch.cuda.is_available():
         hint = "Nothing to do on a machine without an NVIDIA GPU; elsewhere, check the driver with nvidia-smi."
-        yield Finding(True, f"cuda: this torch was built for CUDA {torch.version.cuda}, but reaches no GPU", hint)
+        yield Finding(True, f"cuda: this torch was built for CUDA {torch.version.cuda}, but finds no GPU", hint)
 
 
 def _abilities(kind: str) -> str:
@@ -84,7 +84,7 @@ def _compiles(kind: str) -> bool:
 
 def _datasets(data_dir: Path, told: dict[Entry, str | PluginError]) -> Iterator[Finding]:
     if not data_dir.is_dir():
-        hint = "Make it, or name another with --data-dir or RSCLI_DATA_DIR; the data set `digits` needs none."
+        hint = "Create it, or name another with --data-dir or RSCLI_DATA_DIR; the data set `digits` needs none."
         yield Finding(False, f"there is no folder {data_dir}", hint)
     for entry in installed().entries("datasets"):
         if isinstance(told[entry], PluginError):
@@ -97,7 +97,7 @@ def _datasets(data_dir: Path, told: dict[Entry, str | PluginError]) -> Iterator[
             with calling(dataset, "check"):
                 found = list(dataset.check(data_dir))
             if not all(isinstance(finding, Finding) for finding in found):
-                raise broken(dataset, "check", f"returned {found!r:.80}, which are no findings")
+                raise broken(dataset, "check", f"returned {found!r:.80}, which are not findings")
             yield from found
         except RscliError as error:  # somebody else's code: it must not take the other findings with it
             yield Finding(False, error.message, f"Update {entry.package}.")

@@ -6,6 +6,8 @@ hint, without a traceback. Every other exception is a defect of the program and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 MOST_TOLD = 25
 """Problems that are told one by one; a file may have thousands."""
 
@@ -17,6 +19,12 @@ def reason(error: BaseException) -> str:
     except Exception:  # its own __str__ fails
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def did_you_mean(near: Iterable[str], otherwise: str = "") -> str:
+    """A hint for a name that is unknown: the names `near` to it, if there are any, and then what else helps."""
+    names = " or ".join(repr(name) for name in near)
+    return " ".join(filter(None, [names and f"Did you mean {names}?", otherwise]))
 
 
 class RscliError(Exception):

@@ -143,7 +143,7 @@ def _walk(top: Path, skipped: Counter[str]) -> Iterator[tuple[Path, list[str]]]:
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         if (real := os.path.realpath(folder)) in seen:
-            skipped["linked folders that were read already"] += 1
+            skipped["linked folders that were already read"] += 1
             continue
         seen.add(real)
         names = []

@@ -41,7 +41,7 @@ def load_plugin_file(path: Path) -> list[Entry]:
     ]
     if not found:
         kinds = "Loss, NoisyLoss, Attack, Noise, Architecture, Dataset, Certifier, Optimizer, Schedule, Logger or Callback"
-        raise PluginError(f"the file {path} holds no plugin", f"A plugin is a class derived from rscli.api's {kinds}.")
+        raise PluginError(f"the file {path} defines no plugin", f"A plugin is a class derived from rscli.api's {kinds}.")
     for entry, plugin in found:
         check_contract(entry, plugin)
     for entry, plugin in found:
@@ -71,7 +71,7 @@ def _run(path: Path, source: bytes, digest: str) -> ModuleType:
         lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if frame.filename == str(path)]
         line = getattr(cause, "lineno", None) or (lines[-1] if lines else None)
         where = f", line {line}" if line else ""
-        raise PluginError(f"the plugin file {path}{where} does not run: {reason(cause)}", "Fix the file.") from cause
+        raise PluginError(f"the plugin file {path}{where} fails to run: {reason(cause)}", "Fix the file.") from cause
     return module
 
 

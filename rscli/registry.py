@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from rscli.api import API_VERSION, KINDS, Plugin, Provenance
 from rscli.distributions import Problem, environment, normalised
-from rscli.errors import PluginError, RscliError, reason
+from rscli.errors import PluginError, RscliError, did_you_mean, reason
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Registry:
         Core plugins announce it in the entry-point group `rscli.defaults`, as `noises = "NAME"`.
         """
         if kind not in self._defaults:
-            raise PluginError(f"no installed package says which of the {kind} is the usual one", "Install rscli again.")
+            raise PluginError(f"no installed package announces a default for {kind}", "Reinstall rscli.")
         return self._defaults[kind]
 
     def find(self, kind: str, name: str) -> tuple[Entry, str | None]:
@@ -74,10 +74,8 @@ class Registry:
                 return found[0], variant
         known = [e.name for e in self.entries(kind)] + [f"{e.package}:{e.name}" for e in self.entries(kind)]
         near = self.offering(kind, name) or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise PluginError(
-            f"no installed package provides the {kind} plugin {name!r}", f"{hint}`rscli plugins` lists what is there."
-        )
+        hint = did_you_mean(near[:1], "`rscli plugins` lists what is installed.")
+        raise PluginError(f"no installed package provides the {kind} plugin {name!r}", hint)
 
     def offering(self, kind: str, name: str) -> list[str]:
         """The names, with a slash, under which plugins of `kind` offer what is called `name` elsewhere: `timm/resnet18`.
@@ -189,7 +187,7 @@ def load_entry(entry: Entry) -> type[Plugin]:
 def check_contract(entry: Entry, plugin: type[Plugin]) -> None:
     """Raises `PluginError`, saying which side to update, if the plugin was written for another version of the contract."""
     if plugin.api_version != API_VERSION:
-        text = f"the {entry} is written for version {plugin.api_version} of rscli.api, and this is version {API_VERSION}"
+        text = f"the {entry} is written for version {plugin.api_version} of rscli.api, but this is version {API_VERSION}"
         older = isinstance(plugin.api_version, int) and plugin.api_version < API_VERSION
         raise PluginError(text, f"Update {entry.package}." if older else "Update rscli (pip install --upgrade rscli).")
 

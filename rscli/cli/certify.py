@@ -10,90 +10,187 @@ import typer
 
 from rscli.cli import options as opt
 
+CERTIFICATE = "Certificate"
+"""The panel of `--help` for what a certificate rests on."""
+
+Model = Annotated[Path, typer.Argument(help="A model file (model.safetensors), or its run folder.", readable=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="Result file.  [default: results.tsv beside the model]", readable=False),
+]
+CertifierName = Annotated[
+    str | None,
+    typer.Option(
+        "--certifier",
+        metavar="NAME",
+        help="Statistical test; `rscli plugins` lists them.  [default: cohen, CERTIFY with fixed n]",
+        rich_help_panel=CERTIFICATE,
+    ),
+]
+N = Annotated[
+    int,
+    typer.Option(
+        "--n",
+        metavar="N",
+        min=1,
+        callback=opt.at_most(10**12),
+        help="Monte Carlo samples per image.",
+        rich_help_panel=CERTIFICATE,
+    ),
+]
+N0 = Annotated[
+    int | None,
+    typer.Option(
+        "--n0",
+        metavar="N",
+        min=1,
+        callback=opt.at_most(10**12),
+        help="Samples per image that select the class.  [default: the certifier's; of cohen, 100]",
+        rich_help_panel=CERTIFICATE,
+    ),
+]
+Alpha = Annotated[
+    float,
+    typer.Option("--alpha", metavar="P", help="Failure probability of a certificate, at most.", rich_help_panel=CERTIFICATE),
+]
+Radii = Annotated[
+    str | None,
+    typer.Option(
+        "--radii",
+        metavar="R,R,...",
+        help="Radii to decide, as in 0.25,0.5 (for certifiers of given radii).  "
+        "[default: 0, 0.25, ... up to what n samples can prove]",
+        rich_help_panel=CERTIFICATE,
+    ),
+]
+Labels = Annotated[
+    bool,
+    typer.Option(
+        "--labels",
+        help="Test the label of each image instead of a selected class: gives certified accuracy only.",
+        rich_help_panel=CERTIFICATE,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed", metavar="N", min=0, callback=opt.at_most(2**63 - 1), help="Seed of the noise.", rich_help_panel=CERTIFICATE
+    ),
+]
+Split = Annotated[str, typer.Option("--split", metavar="NAME", help="Split of the data set.", rich_help_panel=opt.DATA)]
+Start = Annotated[int, typer.Option("--start", metavar="I", min=0, help="Index of the first image.", rich_help_panel=opt.DATA)]
+Skip = Annotated[
+    int,
+    typer.Option(
+        "--skip",
+        metavar="K",
+        min=1,
+        help="Certify every K-th image (100 gives the usual 500 of ImageNet).",
+        rich_help_panel=opt.DATA,
+    ),
+]
+Max = Annotated[
+    int | None, typer.Option("--max", metavar="M", min=1, help="Certify at most M images.", rich_help_panel=opt.DATA)
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", metavar="K/N", help="Certify the K-th of N parts (job arrays); see above.", rich_help_panel=opt.DATA
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, certifier.KEY=VALUE or data.KEY=VALUE; repeatable.",
+        rich_help_panel=opt.SETTINGS,
+    ),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch",
+        metavar="N",
+        min=1,
+        callback=opt.at_most(10**6),
+        help="Batch size per forward pass.  [default: by trial, or 256]",
+        rich_help_panel=opt.SPEED,
+    ),
+]
+ChannelsLast = Annotated[
+    bool | None,
+    typer.Option(
+        "--channels-last/--contiguous",
+        help="Memory layout.  [default: by trial, or channels-last]",
+        rich_help_panel=opt.SPEED,
+    ),
+]
+Autotune = Annotated[
+    bool | None,
+    typer.Option(
+        "--autotune/--no-autotune",
+        help="Try memory layouts, batch sizes and numbers of parallel batches first.  [default: in long runs without --batch]",
+        rich_help_panel=opt.SPEED,
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="torch.compile (CUDA graphs on a GPU).  [default: by trial in runs of over 10 minutes, "
+        "except for sequential, bf16 and --no-autotune]",
+        rich_help_panel=opt.SPEED,
+    ),
+]
+
 
 def certify(
-    model: Annotated[Path, typer.Argument(help="A model file (model.safetensors), or its run folder.", readable=False)],
-    n: Annotated[int, typer.Option("--n", min=1, max=10**12, help="Monte Carlo samples per image.")] = 100_000,
-    n0: Annotated[
-        int | None,
-        typer.Option("--n0", min=1, max=10**12, help="Selection samples per image.  [default: the certifier's; of cohen, 100]"),
-    ] = None,
-    alpha: Annotated[float, typer.Option("--alpha", help="Failure probability of a certificate, at most.")] = 0.001,
-    certifier: Annotated[
-        str | None, typer.Option("--certifier", help="See `rscli plugins`.  [default: cohen, CERTIFY with fixed n]")
-    ] = None,
-    radii: Annotated[
-        str | None,
-        typer.Option(
-            "--radii",
-            help="Radii to decide, as 0.25,0.5 (certifiers that ask for them).  "
-            "[default: 0, 0.25, ... as far as n samples can prove]",
-        ),
-    ] = None,
-    split: Annotated[str, typer.Option("--split", help="Which images.")] = "test",
-    start: Annotated[int, typer.Option("--start", min=0, help="Index of the first image.")] = 0,
-    skip: Annotated[
-        int, typer.Option("--skip", min=1, help="Take every K-th image (100 gives ImageNet's 500).", metavar="K")
-    ] = 1,
-    max: Annotated[int | None, typer.Option("--max", min=1, help="Certify at most so many images.", metavar="M")] = None,
-    shard: Annotated[
-        str | None, typer.Option("--shard", metavar="K/N", help="Certify the K-th of N parts (job arrays); see above.")
-    ] = None,
-    labels: Annotated[
-        bool, typer.Option("--labels", help="Test each image's label, not a class chosen first: certified accuracy only.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Result file.  [default: results.tsv beside the model]", readable=False)
-    ] = None,
+    model: Model,
+    out: Out = None,
     resume: opt.Resume = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
-    data_dir: opt.DataDir = opt.DATA_DIR,
-    sets: opt.Sets = None,
-    _plugin: opt.PluginFiles = None,
-    download: opt.Download = False,
-    device: opt.Device = "auto",
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, max=10**6, help="Batch size per forward pass.  [default: tried, or 256]")
-    ] = None,
-    precision: opt.Precision = "fp32",
-    channels_last: Annotated[
-        bool | None, typer.Option("--channels-last/--contiguous", help="Memory layout.  [default: tried, or channels-last]")
-    ] = None,
-    autotune: Annotated[
-        bool | None,
-        typer.Option(
-            "--autotune/--no-autotune",
-            help="Try layouts, batch sizes and batches side by side first.  [default: in long runs without --batch]",
-        ),
-    ] = None,
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="torch.compile (CUDA graphs on a GPU).  "
-            "[default: tried where a trial foresees over 10 minutes; not for sequential, bf16, --no-autotune]",
-        ),
-    ] = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
+    certifier: CertifierName = None,
+    n: N = 100_000,
+    n0: N0 = None,
+    alpha: Alpha = 0.001,
+    radii: Radii = None,
+    labels: Labels = False,
+    seed: Seed = 0,
+    data_dir: opt.DataDir = opt.DATA_DIR,
+    download: opt.Download = False,
+    split: Split = "test",
+    start: Start = 0,
+    skip: Skip = 1,
+    max: Max = None,
+    shard: Shard = None,
+    sets: Sets = None,
+    _plugin: opt.PluginFiles = None,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "fp32",
+    batch: Batch = None,
+    channels_last: ChannelsLast = None,
+    autotune: Autotune = None,
+    compile: Compile = None,
 ) -> None:
-    """Certify a model: for each image a class and the L2 radius in which it provably cannot change, or an abstention.
+    """Certify a model: each image gets a class and the radius within which it provably cannot change, or an abstention.
 
-    Writes one row an image (idx, label, predict, radius, correct, time, then counts) and, beside it, the protocol. A row is
-    on disk as soon as its image is decided; --resume goes on after any interruption, and a larger --max extends a run.
+    Writes one row per image (idx, label, predict, radius, correct, time, then counts) and, beside the rows, the protocol. A row
+    is on disk as soon as its image is decided. --resume continues after any interruption, and a larger --max extends a run.
 
     Examples:
 
         rscli certify runs/digits-cons-0.25/seed0/model.safetensors --n 10000
 
-        rscli certify model.safetensors --n 100000 --max 500 --out results.tsv --resume
+        rscli certify model.safetensors --n 100000 --max 500 --resume
 
         rscli certify model.safetensors --certifier sequential --radii 0,0.5,1.0 --labels
 
         torchrun --nproc-per-node 8 -m -- rscli certify model.safetensors --n 100000
 
-    With --shard 3/16, the third of sixteen jobs writes its part beside the result file; when all are done, the same command
-    with --resume and without --shard puts them together.
+    With --shard 3/16, the third of sixteen jobs writes its part beside the result file. When all are done, run the same command
+    with --resume and without --shard to merge the parts.
     """
     from rscli.cli.output import emit_json, listener
     from rscli.registry import installed

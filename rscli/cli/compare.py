@@ -29,38 +29,46 @@ def compare(
         typer.Argument(help="Result files, or folders with a results.tsv; the first is the baseline.", readable=False),
     ],
     radii: Annotated[
-        str | None, typer.Option("--radii", help="Radii to show besides 0, as 0.25,0.5.  [default: every 0.25]")
+        str | None,
+        typer.Option("--radii", metavar="R,R,...", help="Radii to show besides 0, as in 0.25,0.5.  [default: every 0.25]"),
     ] = None,
-    names: Annotated[str | None, typer.Option("--names", help="What to call the results, as A,B.")] = None,
-    form: Annotated[Format, typer.Option("--format", help="How to write the tables.")] = Format.table,
+    names: Annotated[str | None, typer.Option("--names", metavar="A,B,...", help="Names of the results, one for each.")] = None,
+    form: Annotated[
+        Format, typer.Option("--format", metavar="NAME", help="table, markdown, latex, csv or json.")
+    ] = Format.table,
     json: opt.Json = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Also draw the curves to a .png, .svg or .pdf.", readable=False)
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Also draw the curves, as .png, .svg or .pdf.", readable=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the tables to a file instead of stdout.", readable=False)
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the tables to a file instead of stdout.", readable=False),
     ] = None,
     allow_different: Annotated[
-        bool, typer.Option("--allow-different", help="Compare although n, alpha, the radii decided or the like differ.")
+        bool, typer.Option("--allow-different", help="Compare even if n, alpha, the radii decided or the like differ.")
     ] = False,
     published: Annotated[
-        bool, typer.Option("--published", help="Put the published row of its preset beside each result.")
+        bool, typer.Option("--published", help="Show the published row of its preset beside each result.")
     ] = False,
     reproduces: Annotated[
-        str | None, typer.Option("--reproduces", metavar="PRESET", help="The preset of results that do not record one.")
+        str | None,
+        typer.Option("--reproduces", metavar="PRESET", help="The preset of results that do not record one."),
     ] = None,
-    groups: Annotated[bool, typer.Option("--groups/--no-groups", help="Average runs that differ only in their seed.")] = True,
+    groups: Annotated[
+        bool, typer.Option("--groups/--no-groups", help="Average runs that differ only in their training seed.")
+    ] = True,
 ) -> None:
     """Compare results: ACR and certified accuracy with intervals, and paired tests against the first.
 
-    Reads our result files and those that the field's other tools write. Only the images that all results have count; results
+    Reads the result files of rscli and of the field's other tools. Only images that all results share are compared; results
     under different n, alpha or the like are refused. Runs that differ only in their training seed are also shown as mean and
-    standard deviation; and --published says how far each result is from the papers' figures, and whether that is within the
-    errors.
+    standard deviation. With --published, each result is set beside the paper's figures, and the difference is held against the
+    errors of both.
 
     Examples:
 
-        rscli compare runs/gaussian/results.tsv runs/consistency/results.tsv --plot curves.svg
+        rscli compare runs/gaussian runs/consistency --plot curves.svg
 
         rscli compare a.tsv b.tsv --names Gaussian,Consistency --radii 0.5,1.0 --format latex
 

@@ -8,7 +8,7 @@ from rscli.cli import options as opt
 
 
 def doctor(data_dir: opt.DataDir = opt.DATA_DIR, json: opt.Json = False) -> None:
-    """Examine this installation: versions, devices and what they can, data sets, broken plugins, and what to do.
+    """Check this installation: versions, devices and what they support, data sets, broken plugins, and how to fix problems.
 
     Examples:
 

@@ -15,38 +15,86 @@ if TYPE_CHECKING:
     from rscli.models.importing.convert import Imported
 
 
+WEIGHTS = "Weights"
+"""The panel of `--help` for which tensors are taken."""
+
+
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="A file of torch.save, or a safetensors state dict.", readable=False)],
-    dataset: Annotated[str, typer.Option("--dataset", help="What it was trained on; see `rscli plugins`.")],
-    sigma: Annotated[float, typer.Option("--sigma", help="Noise it was trained for, in [0, 1] pixels.")],
-    arch: Annotated[
-        str | None, typer.Option("--arch", help="Architecture; see `rscli plugins`.  [default: as the file says]")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Model file to write.", readable=False)] = Path("model.safetensors"),
-    normalization: Annotated[
-        str, typer.Option("--normalization", help="auto, dataset (the data set's), or none; what the file holds comes first.")
-    ] = "auto",
-    ema: Annotated[bool, typer.Option("--ema", help="Take the EMA weights (a moving average), not the plain ones.")] = False,
-    prefix: Annotated[str, typer.Option("--prefix", help="Take only the tensors below this, such as student.")] = "",
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option("--ignore", help="Leave out the tensors of this pattern, such as 'criterion.*'; repeatable."),
-    ] = None,
-    noise: Annotated[str | None, typer.Option("--noise", help="Smoothing distribution.  [default: gaussian]")] = None,
-    sets: opt.Sets = None,
-    _plugin: opt.PluginFiles = None,
-    data_dir: opt.DataDir = opt.DATA_DIR,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A file of torch.save, or a state dict in safetensors format.", readable=False)
+    ],
+    dataset: Annotated[
+        str, typer.Option("--dataset", metavar="NAME", help="Data set it was trained on; `rscli plugins` lists them.")
+    ],
+    sigma: Annotated[float, typer.Option("--sigma", metavar="S", help="Noise it was trained with, in [0, 1] pixels.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Model file to write.", readable=False)] = Path(
+        "model.safetensors"
+    ),
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch",
+            metavar="NAME",
+            help="Architecture; `rscli plugins` lists them.  [default: what the file says]",
+            rich_help_panel=opt.SETTINGS,
+        ),
+    ] = None,
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            "--noise",
+            metavar="NAME",
+            help="Smoothing distribution.  [default: gaussian]",
+            rich_help_panel=opt.SETTINGS,
+        ),
+    ] = None,
+    sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
+    normalization: Annotated[
+        str,
+        typer.Option(
+            "--normalization",
+            metavar="NAME",
+            help="auto, dataset (the data set's) or none; constants that the file holds take precedence.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = "auto",
+    ema: Annotated[
+        bool,
+        typer.Option(
+            "--ema", help="Import the EMA weights (moving average) instead of the plain ones.", rich_help_panel=WEIGHTS
+        ),
+    ] = False,
+    prefix: Annotated[
+        str,
+        typer.Option(
+            "--prefix",
+            metavar="NAME",
+            help="Import only the tensors below this prefix, such as student.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = "",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore",
+            metavar="PATTERN",
+            help="Leave out the tensors that match a pattern, such as 'criterion.*'; repeatable.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None,
+    data_dir: opt.DataDir = opt.DATA_DIR,
 ) -> None:
-    """Import a checkpoint of other code, so that it can be certified: tensors and their description in one model file.
+    """Import a checkpoint of other code, so that it can be certified: its tensors and what describes them, in one model file.
 
-    What a file is, its first bytes say, whatever its suffix. Of plain weights and a moving average (EMA) it takes the plain.
-    Reads what the codes of this field publish (arch, state_dict, epoch; names behind module. or 1.), and plain state dicts of
-    timm, or of torchvision where timm's network of that name has the same tensors (ResNet, ResNeXt, DenseNet). The field's
-    names of architectures are known: lenet, resnet50, cifar_resnet20, cifar_resnet110, cifar_densenet40. Code inside a file is
-    never run. Says which normalisation it assumed.
+    Reads what the code of this field publishes (arch, state_dict, epoch; names prefixed with module. or 1.), plain state dicts
+    of timm, and those of torchvision where timm's network of that name has the same tensors (ResNet, ResNeXt, DenseNet). The
+    format is told by the first bytes, not by the suffix. Known names of architectures: lenet, resnet50, cifar_resnet20,
+    cifar_resnet110, cifar_densenet40. If a file holds both plain and EMA weights, the plain ones are imported. Code inside a
+    file is never run. The normalisation that was assumed is reported.
 
     Examples:
 

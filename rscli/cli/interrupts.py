@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Never
 
 INTERRUPTED = "interrupted"
-STOPPED = "stopped: the same command begins again, or with --resume goes on where a run had come to"
+STOPPED = "stopped: run the same command again, with --resume to continue a run that has begun"
 
 
 class Terminated(BaseException):
@@ -55,11 +55,14 @@ def _code(number: int) -> int:
 
 
 def _receive(number: int, frame: FrameType | None) -> Never:
-    """Raises; but where a module is being read, ends the process on the spot.
+    """Raises; but while a module is being imported, ends the process on the spot.
 
-    There an exception would come out as an import that failed, or not at all: modules catch it, and go on without a part of
-    themselves. And nothing is lost: what is being written is written without reading modules. Whether one is being read, only
-    the frames tell: modules are read all along, when a command first needs them.
+    During an import an exception would come out as an import that failed, or not at all: modules catch it, and go on without a
+    part of themselves. Nothing is lost by the end there: no file is written while a module is imported. Everywhere else the
+    stack must unwind, or half-written files, child processes and a hidden cursor would be left behind.
+
+    Whether a module is being imported, only the frames tell: commands import what they need when they run, so no moment is free
+    of imports; and Python's global import lock is not held while a module's code runs.
     """
     if _imports(frame):
         with suppress(OSError):
@@ -69,7 +72,7 @@ def _receive(number: int, frame: FrameType | None) -> Never:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Whether a module is being read in `frame`, or where it was called from."""
+    """Whether a module is being imported in `frame`, or where that was called from."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True

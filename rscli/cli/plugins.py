@@ -24,7 +24,7 @@ plugins = typer.Typer(invoke_without_command=True)
 def listing(context: typer.Context, json: opt.Json = False, _plugin: opt.PluginFiles = None) -> None:
     """List the installed plugins, or show the settings of one.
 
-    The listing has name, package, version and description of each; broken ones are marked.
+    The list shows the name, package, version and description of each; broken ones are marked.
 
     Examples:
 

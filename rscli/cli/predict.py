@@ -14,27 +14,59 @@ if TYPE_CHECKING:
     from rscli.smoothing.predict import Prediction
 
 
+VOTE = "Vote"
+"""The panel of `--help` for what an answer rests on."""
+
+
 def predict(
     model: Annotated[Path, typer.Argument(help="A model file, or its run folder.", readable=False)],
     images: Annotated[
         list[Path], typer.Argument(help="Images, or folders of images, of any common format and size.", readable=False)
     ],
-    n: Annotated[int, typer.Option("--n", min=1, help="Monte Carlo samples per image.")] = 1000,
-    n0: Annotated[int, typer.Option("--n0", min=1, help="Selection samples per image, with --certify.")] = 100,
-    alpha: Annotated[float, typer.Option("--alpha", help="Failure probability of an answer, at most.")] = 0.001,
-    certify: Annotated[bool, typer.Option("--certify", help="Also give the certified radius.")] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
-    device: opt.Device = "auto",
-    _plugin: opt.PluginFiles = None,
-    batch: opt.Batch = 256,
-    precision: opt.Precision = "fp32",
-    channels_last: opt.ChannelsLast = True,
-    json: Annotated[bool, typer.Option("--json", help="Answer with JSON lines on stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON lines on stdout.")] = False,
     quiet: opt.Quiet = False,
+    certify: Annotated[bool, typer.Option("--certify", help="Also give the certified radius.", rich_help_panel=VOTE)] = False,
+    n: Annotated[
+        int,
+        typer.Option(
+            "--n",
+            metavar="N",
+            min=1,
+            callback=opt.at_most(10**12),
+            help="Monte Carlo samples per image.",
+            rich_help_panel=VOTE,
+        ),
+    ] = 1000,
+    n0: Annotated[
+        int,
+        typer.Option(
+            "--n0",
+            metavar="N",
+            min=1,
+            callback=opt.at_most(10**12),
+            help="Samples per image that select the class, with --certify.",
+            rich_help_panel=VOTE,
+        ),
+    ] = 100,
+    alpha: Annotated[
+        float,
+        typer.Option("--alpha", metavar="P", help="Failure probability of an answer, at most.", rich_help_panel=VOTE),
+    ] = 0.001,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", metavar="N", min=0, callback=opt.at_most(2**63 - 1), help="Seed of the noise.", rich_help_panel=VOTE
+        ),
+    ] = 0,
+    _plugin: opt.PluginFiles = None,
+    device: opt.Device = "auto",
+    precision: opt.Precision = "fp32",
+    batch: opt.Batch = 256,
+    channels_last: opt.ChannelsLast = True,
 ) -> None:
     """Predict images with the smoothed classifier: a class name, or ABSTAIN when the vote is too close.
 
-    Exit code 1 if an image could not be read; the others are predicted all the same.
+    The exit code is 1 if an image could not be read; the others are predicted all the same.
 
     Examples:
 

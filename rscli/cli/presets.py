@@ -36,7 +36,7 @@ def listing(context: typer.Context, json: opt.Json = False) -> None:
     if json:
         emit_json([asdict(preset) for preset in found])
         return
-    table = Table("preset", "package", "what it is", box=None, pad_edge=False)
+    table = Table("preset", "package", "description", box=None, pad_edge=False)
     for preset in found:
         text = preset.title if preset.problem is None else f"broken: {preset.problem}"
         table.add_row(*map(one_line, (preset.name, preset.package, text)))
@@ -49,7 +49,7 @@ def show(
     name: Annotated[str, typer.Argument(help="As `rscli presets` lists it.")],
     json: opt.Json = False,
 ) -> None:
-    """Show a preset's file, and the published figures that it is to reproduce.
+    """Show a preset's file, and the published figures that it should reproduce.
 
     Example: rscli presets show mnist-cons-0.5
     """

@@ -119,5 +119,5 @@ class _Answers(_Stream):
         if isinstance(cause, BrokenPipeError):
             raise SystemExit(0) from None  # as SIGPIPE would end a program in C, but for the exit code
         reason = "it is closed" if cause.errno == errno.EBADF else cause.strerror or str(cause)
-        hint = "Send it to a place that can be written to."
+        hint = "Redirect stdout to a place that can be written to."
         raise RscliError(f"cannot write the answer to stdout: {reason}", hint) from cause

@@ -18,43 +18,98 @@ if TYPE_CHECKING:
     Run = tuple[Resolved, TrainOptions]
 
 
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Start from a row of a paper; `rscli presets` lists them.",
+        rich_help_panel=opt.SETTINGS,
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="TOML file of settings, which override the preset's.",
+        readable=False,
+        rich_help_panel=opt.SETTINGS,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", min=0, help="Seed of everything random.", rich_help_panel=opt.SETTINGS),
+]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        "--seeds",
+        metavar="N,N,...",
+        help="Several seeds, one after the other, as in 0,1,2; seed K gets the run folder seedK.",
+        rich_help_panel=opt.SETTINGS,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        help="Run folder; with --seeds, the folder that holds them.  [default: runs/NAME/seedK]",
+        readable=False,
+    ),
+]
+ChannelsLast = Annotated[
+    bool | None,
+    typer.Option(
+        "--channels-last/--contiguous",
+        help="Memory layout.  [default: channels-last, where that is safe]",
+        rich_help_panel=opt.SPEED,
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="NAME",
+        help="fp32, tf32 (CUDA), bf16 or fp16.  [default: as configured, or fp32]",
+        rich_help_panel=opt.SPEED,
+    ),
+]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--micro-batch",
+        metavar="N",
+        min=1,
+        help="Most noisy images in one forward pass: less memory, the same gradient.",
+        rich_help_panel=opt.SPEED,
+    ),
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.", rich_help_panel=opt.SPEED)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and where every value comes from.")]
+
+
 def train(
-    preset: Annotated[str | None, typer.Option("--preset", help="Start from a row of a paper: see `rscli presets`.")] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="A TOML file of settings, above the preset.", readable=False)
-    ] = None,
-    sets: opt.Sets = None,
-    _plugin: opt.PluginFiles = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
-    seeds: Annotated[
-        str | None, typer.Option("--seeds", help="Several seeds one after the other, as 0,1,2: a run folder seedK for each.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Run folder, or with --seeds where they go.  [default: runs/NAME/seedK]", readable=False),
-    ] = None,
-    data_dir: opt.DataDir = opt.DATA_DIR,
-    device: opt.Device = "auto",
-    channels_last: Annotated[
-        bool | None,
-        typer.Option("--channels-last/--contiguous", help="Memory layout.  [default: channels-last, where that is safe]"),
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32, tf32 (CUDA), bf16 or fp16.  [default: as configured, or fp32]")
-    ] = None,
-    micro_batch: Annotated[
-        int | None,
-        typer.Option("--micro-batch", min=1, help="Most noisy images in one forward: less memory, the same gradient."),
-    ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
-    workers: opt.Workers = opt.WORKERS,
-    download: opt.Download = False,
+    out: Out = None,
     resume: opt.Resume = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, with the source of every value.")
-    ] = False,
+    dry_run: DryRun = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
+    preset: Preset = None,
+    config: Config = None,
+    sets: opt.Sets = None,
+    _plugin: opt.PluginFiles = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    data_dir: opt.DataDir = opt.DATA_DIR,
+    download: opt.Download = False,
+    workers: opt.Workers = opt.WORKERS,
+    device: opt.Device = "auto",
+    channels_last: ChannelsLast = None,
+    precision: Precision = None,
+    micro_batch: MicroBatch = None,
+    compile: Compile = False,
 ) -> None:
     """Train a classifier that can be certified.
 
@@ -122,7 +177,7 @@ def _seeds(seeds: str | None, seed: int | None) -> list[int | None]:
         raise InputError(f"--seed {seed} and --seeds {seeds} are both given", "Give one of them.")
     parts = [part.strip() for part in seeds.split(",")]
     if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise InputError(f"--seeds is {seeds!r}, but must be different whole numbers, 0 or more", "As in --seeds 0,1,2")
+        raise InputError(f"--seeds is {seeds!r}, but must be distinct whole numbers, 0 or more", "As in --seeds 0,1,2")
     return [int(part) for part in parts]
 
 
@@ -138,8 +193,8 @@ def _check_unused(runs: list[Run]) -> None:
 
     used = [str(how.out) for _, how in runs if RunFolder(how.out).config.exists()]
     if used:
-        hint = "Add --resume to go on with what is there, or choose another folder with --out."
-        raise InputError(f"there is a training run already in {', '.join(used)}", hint)
+        hint = "Add --resume to continue it, or choose another folder with --out."
+        raise InputError(f"there is already a training run in {', '.join(used)}", hint)
 
 
 def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
@@ -168,11 +223,11 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
         table.add_row(*map(one_line, shown))
     console = stdout()
     console.print(table)
-    images = "unknown until the data are there" if plan.images is None else f"{plan.images:,}"
+    images = "unknown until the data set is there" if plan.images is None else f"{plan.images:,}"
     steps = "unknown" if plan.steps_per_epoch is None else f"{plan.steps_per_epoch:,}"
     console.print(f"\nparameters      {plan.parameters:,}", highlight=False)
     console.print(f"training images {images}", highlight=False)
-    chunks = f" (each batch in {plan.chunks} chunks, a step each)" if plan.chunks > 1 else ""
+    chunks = f" (each batch in {plan.chunks} chunks, one step each)" if plan.chunks > 1 else ""
     console.print(f"steps per epoch  {steps}{chunks}", highlight=False)
     files = [str(file) for plan in plans for file in plan.files]
     console.print("would write     " + "\n                ".join(files), highlight=False)

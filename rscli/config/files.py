@@ -24,7 +24,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     text = ""
     try:
         if path.exists() and not path.is_file():
-            raise InputError(f"{path} is no file, so it is no configuration", "Name a TOML or JSON file.")
+            raise InputError(f"{path} is not a file, so it cannot be a configuration", "Name a TOML or JSON file.")
         check_size(path, LARGEST_JSON if form == "JSON" else LARGEST_TOML)
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte order mark
         settings = decode_json(text) if form == "JSON" else decode_toml(text)

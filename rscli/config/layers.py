@@ -240,10 +240,10 @@ def _with_new_names(layer: Settings, lower: Settings, notes: list[str]) -> Setti
             given = found.pop((section, old))
             if (section, new) in found:
                 notes.append(
-                    f"{section}.{old} ({given.source}) is left out: it is called {section}.{new} now, which is given too"
+                    f"{section}.{old} ({given.source}) is ignored: it is now called {section}.{new}, which is given too"
                 )
             else:
-                notes.append(f"{section}.{old} is called {section}.{new} now ({given.source})")
+                notes.append(f"{section}.{old} is now called {section}.{new} ({given.source})")
                 found[section, new] = given
     return found
 
@@ -298,7 +298,7 @@ def build_section(section: str, given: Any, problems: Problems, kind: str | None
         problems.models[section] = plugin
         variant = found.find(kind, given["name"])[1]
         if variant is not None and plugin.variant is not None and plugin.variant in given:
-            problems.add((section, plugin.variant), f"is said already by {section}.name = {given['name']!r}; leave one out")
+            problems.add((section, plugin.variant), f"is already given by {section}.name = {given['name']!r}; leave one out")
             return None
         return found.build(kind, given)
     except PluginError as error:

@@ -21,7 +21,7 @@ from rscli import registry
 from rscli.config.files import read_settings
 from rscli.config.published import PublishedRow, read_table
 from rscli.config.schema import PresetHeader
-from rscli.errors import InputError, PluginError
+from rscli.errors import InputError, PluginError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def published_for(preset: str) -> PublishedRow | None:
     row = next((row for row in published_rows() if row.key == key), None)
     if row is None:
         raise InputError(
-            f"the preset {preset} names published figures that no table holds: {key}", "Fix its [preset.published]."
+            f"the preset {preset} refers to published figures that are in no table: {key}", "Fix its [preset.published]."
         )
     return row
 
@@ -163,8 +163,7 @@ def _find(name: str) -> _File:
     if shared:
         raise InputError(f"{len(shared)} packages ship a preset {name!r}", f"Write {' or '.join(shared)}.")
     near = difflib.get_close_matches(name, [file.name for file in files], n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"there is no preset {name!r}", f"{hint}`rscli presets` lists them.")
+    raise InputError(f"there is no preset {name!r}", did_you_mean(near, "`rscli presets` lists them."))
 
 
 def _path(file: _File) -> Path:

@@ -1,4 +1,4 @@
-"""Collects everything that is wrong with a configuration, one line a key, so that it can be said at once."""
+"""Collects everything that is wrong with a configuration, one line per key, so that it can be said at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from rscli.config.schema import SECTIONS
 from rscli.config.settings import Key, Settings, dotted, shortened
-from rscli.errors import MOST_TOLD, ConfigError
+from rscli.errors import MOST_TOLD, ConfigError, did_you_mean
 
 FINITE = "must be a finite number"
 
@@ -73,10 +73,10 @@ class Problems:
         known = sorted(self._known())
         near = nearest(dotted(key), known)
         if near:
-            return f"unknown key; did you mean {near}?"
+            return f"unknown key. {did_you_mean([near])}"
         section = f"{key[0]}."
         here = [name for name in known if name.startswith(section)] or [name for name in known if "." not in name]
-        return f"unknown key; the keys here are {', '.join(here)}"
+        return f"unknown key. The keys here are {', '.join(here)}"
 
     def _known(self) -> Iterable[str]:
         """Every key that could be written, given the plugins that are named."""

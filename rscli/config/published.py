@@ -1,4 +1,4 @@
-"""Reads tables of published figures: a CSV file with one row a setting, beside the presets that reproduce it."""
+"""Reads tables of published figures: a CSV file with one row per setting, beside the presets that reproduce it."""
 
 from __future__ import annotations
 

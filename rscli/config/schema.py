@@ -42,7 +42,7 @@ class TrainConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="what every random number of the run is derived from")
     chunk: bool | None = Field(
-        None, description="split a batch into m chunks, each with its own optimiser step; left out: as the loss wants"
+        None, description="split a batch into m chunks, each with its own optimiser step; if not given, as the loss wants"
     )
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
         "fp32", description="precision of the forwards and their gradients; weights, losses and optimiser stay in fp32"
@@ -61,11 +61,11 @@ class TrainConfig(Section):
     arch: dict[str, Any] = Field(description="the architecture")
     noise: dict[str, Any] = Field(description="the smoothing distribution")
     loss: dict[str, Any] = Field(description="the objective")
-    attack: dict[str, Any] | None = Field(None, description="what moves the clean images before the noise is added")
+    attack: dict[str, Any] | None = Field(None, description="the attack on the images or the noise")
     optimizer: dict[str, Any] = Field(description="the optimiser")
-    schedule: dict[str, Any] = Field(description="the learning rate over the epochs")
-    loggers: dict[str, Any] = Field(default_factory=dict, description="what keeps the figures of a run, by name")
-    callbacks: dict[str, Any] = Field(default_factory=dict, description="what happens during training, by name")
+    schedule: dict[str, Any] = Field(description="the learning-rate schedule")
+    loggers: dict[str, Any] = Field(default_factory=dict, description="loggers, by name")
+    callbacks: dict[str, Any] = Field(default_factory=dict, description="callbacks, by name")
 
 
 class PublishedKey(Section):

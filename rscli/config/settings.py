@@ -74,7 +74,7 @@ def parse_sets(sets: Iterable[str], types: Callable[[Key], Any] = lambda _: Any)
         key, equals, value = text.partition("=")
         parts = tuple(part.strip() for part in key.split("."))
         if not equals or not all(parts):
-            malformed.append(f"--set {shortened(text)!r}: must read key=value, such as --set loss.lbd=5")
+            malformed.append(f"--set {shortened(text)!r}: must be KEY=VALUE, such as --set loss.lbd=5")
             continue
         if len(parts) > DEEPEST:
             malformed.append(f"--set {shortened(text)!r}: the key has {len(parts)} parts, and at most {DEEPEST} are read")

@@ -215,7 +215,7 @@ class MemorySplit(Split):
         return to_unit(self._images[index])
 
     def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Split.in_order`."""
+        """See `Split.in_order`: indices (b,) and images (b, channel, height, width)."""
         for start in range(0, len(self), batch):
             indices = torch.arange(start, min(start + batch, len(self)))
             yield indices, to_unit(self._images[indices])
@@ -315,7 +315,7 @@ class FileSplit(Split):
                 yield part.of(to_unit(images.to(device, non_blocking=True)), labels.to(device))
 
     def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Split.in_order`; read by the workers."""
+        """See `Split.in_order`: indices (b,) and images (b, channel, height, width), read by the workers."""
         chunks = [np.arange(at, min(at + batch, len(self))) for at in range(0, len(self), batch)]
         with closing(self._read(_Reader(self._paths, self.spec.test_transform), chunks)) as decoded:
             for rows, pixels in zip(chunks, decoded, strict=True):

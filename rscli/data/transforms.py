@@ -104,7 +104,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def _reason(cause: Exception) -> str:
     if isinstance(cause, UnidentifiedImageError):
-        return "it is no image in a format that Pillow knows"
+        return "it is not an image in a format that Pillow knows"
     if isinstance(cause, Image.DecompressionBombError):
         return f"it would unpack to more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, as a decompression bomb does"
     return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__

@@ -55,8 +55,8 @@ def load_model(path: Path) -> Smoothed:
     card = _card(path, text)
     if content_digest(tensors, decode_json(text)) != card.sha256:
         raise InputError(
-            f"{path} does not hold what it was written with: its weights or its description were changed or damaged",
-            "Copy it again, or train anew.",
+            f"{path} was changed or damaged after it was written: its weights and description do not match its digest",
+            "Copy it again, or train again.",
         )
     registry = installed()
     architecture = cast(Architecture, _plugin(registry, "architectures", card.arch, card, path))
@@ -75,7 +75,7 @@ def load_model(path: Path) -> Smoothed:
 def card_of(model: Smoothed) -> ModelCard:
     """What the model file of `model` says of itself. Raises `InputError` if it came from no model file."""
     if model.source is None:
-        raise InputError("this classifier came from no model file, so there is nothing that describes it")
+        raise InputError("this classifier was not loaded from a model file, so nothing describes it")
     return model.source.card
 
 
@@ -96,7 +96,8 @@ def file_digest(path: Path) -> str:
 
 
 def content_digest(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
-    """SHA-256 over the card (but for the digest in it) and the names, types, shapes and bytes of `tensors`, sorted by name.
+    """SHA-256 over the card (except the digest in it) and the names, types, shapes and bytes of `tensors` (of any shape),
+    sorted by name.
 
     A changed sigma would make false certificates as surely as changed weights.
     """
@@ -104,7 +105,7 @@ def content_digest(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> st
 
 
 def tensor_digest(tensors: Mapping[str, Tensor], begin: bytes = b"") -> str:
-    """SHA-256 over `begin` and the names, types, shapes and bytes of `tensors`, sorted by name."""
+    """SHA-256 over `begin` and the names, types, shapes and bytes of `tensors` (of any shape), sorted by name."""
     digest = hashlib.sha256(begin)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -140,7 +141,7 @@ def _read(path: Path, weights: bool = True) -> tuple[dict[str, Tensor], str]:
             metadata = file.metadata() or {}
             if "rscli" not in metadata:
                 raise InputError(
-                    f"{path} is a safetensors file, but not one of rscli's: it does not say what it holds",
+                    f"{path} is a safetensors file, but not a model file of rscli: it has no description",
                     "`rscli train` writes model files that certify and predict can read.",
                 )
             names = file.keys() if weights else ()
@@ -149,8 +150,8 @@ def _read(path: Path, weights: bool = True) -> tuple[dict[str, Tensor], str]:
         if isinstance(cause, OSError) and cause.errno is not None:
             raise explained(cause, f"the model file {path} cannot be read") from cause
         raise InputError(
-            f"{path} is not a whole safetensors file: {cause}",
-            "It may be truncated, or of another kind (a checkpoint of torch.save, say). Copy it again, or train anew.",
+            f"{path} is not a complete safetensors file: {cause}",
+            "It may be truncated, or another kind of file (a torch.save checkpoint, say). Copy it again, or train again.",
         ) from cause
 
 
@@ -158,7 +159,7 @@ def _card(path: Path, text: str) -> ModelCard:
     try:
         raw = decode_json(text)
         if isinstance(raw, dict) and isinstance(raw.get("format"), int) and raw["format"] > FORMAT:
-            raise InputError(f"{path} has format {raw['format']}, this rscli reads up to {FORMAT}", "Update rscli.")
+            raise InputError(f"{path} has format {raw['format']}, this rscli reads formats up to {FORMAT}", "Update rscli.")
         return ModelCard.model_validate(raw)
     except (ValidationError, ValueError) as cause:
         first = "; ".join(faults(cause)[:10]) if isinstance(cause, ValidationError) else str(cause)
@@ -176,18 +177,18 @@ def _plugin(registry: Registry, kind: str, section: Mapping[str, Any], card: Mod
         plugin = registry.build(kind, {**section, "name": qualified})
         here = registry.provenance(kind, qualified).version
         if maker and from_file(maker["version"]) and here != maker["version"]:
-            raise PluginError(f"the file {maker['package']} given is another one ({here})")
+            raise PluginError(f"the file {maker['package']} that was given is a different one ({here})")
         return plugin
     except PluginError as cause:
         hint = cause.hint
         if maker and from_file(maker["version"]):
-            hint = f"It comes from the file {maker['package']} with {maker['version']}: name that with --plugin."
+            hint = f"It comes from the file {maker['package']} with {maker['version']}: pass that file with --plugin."
         elif maker:
             hint = f"It was written with {maker['package']} {maker['version']}: pip install {maker['package']}."
         raise PluginError(f"{path} needs the {kind} plugin {name!r}: {cause.message}", hint) from cause
     except ValidationError as cause:
         fields = "; ".join(faults(cause)[:10])
-        raise PluginError(f"the {kind} plugin {name!r} does not take the fields that {path} records: {fields}") from cause
+        raise PluginError(f"the {kind} plugin {name!r} does not accept the fields that {path} records: {fields}") from cause
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

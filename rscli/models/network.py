@@ -71,7 +71,7 @@ def build_classifier(architecture: Architecture, spec: DataSpec, *, weights: boo
     with calling(architecture, "build"):
         network = architecture.build(spec, weights=weights)
     if not isinstance(network, nn.Module):
-        raise broken(architecture, "build", f"returned {network!r:.80}, which is no torch module")
+        raise broken(architecture, "build", f"returned {network!r:.80}, which is not a torch module")
     classifier = Classifier(network, spec, normalizes=architecture.normalizes)
     classifier.eval()
     with calling(architecture, "build: the forward of its network"):
@@ -93,7 +93,8 @@ def _trial(classifier: Classifier, shape: tuple[int, int, int]) -> tuple[int, ..
 
 @contextmanager
 def no_larger_than(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """While a network is built: raises `InputError` as soon as it is much larger than the `tensors` that it is to take.
+    """While a network is built: raises `InputError` as soon as it is much larger than the `tensors` (of any shape) that are to
+    be its weights.
 
     Layers are counted as they are registered, before they are initialised, so that nothing is filled that a file cannot
     fill. A network may register a tensor several times, or replace it while it is built: hence the factor of 4.

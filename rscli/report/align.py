@@ -125,7 +125,7 @@ def align(runs: Sequence[Results], *, names: Sequence[str] = (), allow_different
         )
     if any(run.idx.size > common.size for run in named):
         sizes = ", ".join(f"{run.idx.size:,} ({run.name})" for run in named)
-        notes.append(f"the results are about different images: {sizes}; compared on the {common.size:,} that all have")
+        notes.append(f"the results are on different images: {sizes}; compared on the {common.size:,} that all share")
     aligned = tuple(_taken(run, common) for run in named)
     _check_labels(aligned)
     return Aligned(aligned, tuple(notes))
@@ -158,8 +158,8 @@ def _decisive(runs: Sequence[Results], allowed: bool) -> list[str]:
     texts = _unequal(runs, {**DECISIVE, **_settings(runs, decisive=True)})
     if texts and not allowed:
         raise InputError(
-            "the results do not rest on the same protocol:\n" + "\n".join(f"  {text}" for text in texts),
-            "ACR and certified accuracy depend on this. Certify again under one protocol, or compare all the same with "
+            "the results were not certified under the same protocol:\n" + "\n".join(f"  {text}" for text in texts),
+            "ACR and certified accuracy depend on this. Certify again under one protocol, or compare anyway with "
             "--allow-different.",
         )
     return [f"figures are not comparable: {text}" for text in texts]
@@ -183,10 +183,10 @@ def _foreign(runs: Sequence[Results]) -> list[str]:
     notes = []
     unknown = [run for run in runs if run.protocol is None]
     if unknown:
-        notes.append(f"n and alpha are unknown where no protocol lies beside the file: {_names(unknown)}")
+        notes.append(f"n and alpha are unknown for files without a protocol: {_names(unknown)}")
     rounded = [run for run in unknown if _three_digits(run.radius)]
     if rounded:
-        notes.append(f"radii were shortened to three digits, some of them upwards, in {_names(rounded)}")
+        notes.append(f"radii are rounded to three digits, some of them up, in {_names(rounded)}")
     return notes
 
 

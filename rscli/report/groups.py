@@ -32,7 +32,7 @@ def grouped(comparison: Comparison) -> Comparison:
     for places in alike.values():
         runs = [comparison.runs[place] for place in places]
         if len({_seed(run) for run in runs}) < len(runs):
-            notes.append(f"not averaged, since two of them have the same training seed: {', '.join(run.name for run in runs)}")
+            notes.append(f"not averaged, since two have the same training seed: {', '.join(run.name for run in runs)}")
         elif len(runs) > 1:
             taken = {run.name for run in comparison.runs} | {group.name for group in groups}
             groups.append(_group(_name(runs, taken), runs, [comparison.summaries[place] for place in places]))

@@ -130,7 +130,7 @@ def draw(comparison: Comparison) -> Figure:
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=3, width=0.6)
-    remark = f"band: {100 * LEVEL:g} % pointwise"
+    remark = f"band: {100 * LEVEL:g} % pointwise interval"
     if any(summary.lower_bound for summary in comparison.summaries):
         remark += "\nACR ≥: only given radii were decided;\nelsewhere, the curve is a lower bound"
     axes.text(0.99, 0.98, remark, transform=axes.transAxes, ha="right", va="top", **SMALL)

@@ -40,7 +40,7 @@ def with_published(comparison: Comparison, preset: str | None = None) -> Compari
         row = shelf.nearest(known, runs[0].idx) if isinstance(known, Recipe) else None
         if row is None or isinstance(known, str):
             why = known if isinstance(known, str) else f"none for {known.text}"
-            remarks.setdefault(f"no published figures beside it: {why}", []).append(name)
+            remarks.setdefault(f"no published figures: {why}", []).append(name)
             continue
         beside = _beside(name, runs, row, known, shelf, comparison.radii)
         found.append(beside)
@@ -122,13 +122,13 @@ def _other_protocol(run: Results) -> tuple[str, ...]:
 def _remarks(beside: Beside) -> Iterator[str]:
     row = beside.row
     if beside.protocol:
-        yield f"certified otherwise than the published figures, which says nothing of within: {'; '.join(beside.protocol)}"
+        yield f"certified under another protocol than the published figures, so no verdict: {'; '.join(beside.protocol)}"
     if beside.settings:
-        yield f"trained otherwise than the nearest published row: {'; '.join(beside.settings)}"
+        yield f"trained differently from the nearest published row: {'; '.join(beside.settings)}"
     if beside.shared < max(beside.images, row.images):
         yield (
-            f"{beside.images:,} images, the published figures are of {row.images:,} ({beside.shared:,} shared): "
-            "the error allows for that as if images were drawn at random"
+            f"{beside.images:,} images, but the published figures are on {row.images:,} ({beside.shared:,} shared): "
+            "the margin allows for that as if the images were drawn at random"
         )
     if beside.spread is None:
-        yield "one published run and one of ours, so nobody knows the spread over seeds"
+        yield "one published run and one of ours, so the spread over seeds is unknown"

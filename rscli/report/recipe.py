@@ -59,13 +59,13 @@ def recipe(run: Results, preset: str | None = None) -> Recipe | str:
     from it; or why there is none.
     """
     if run.protocol is None:
-        return "no protocol lies beside the file"
+        return "there is no protocol beside the file"
     protocol, info = run.protocol, run.protocol.get("info") or {}
     if protocol.get("split") != "test":
-        return f"they are of the split test, this is {protocol.get('split')}"
+        return f"they are for the split test, and this is {protocol.get('split')}"
     name = preset or info.get("preset")
     if name is None:
-        return "it does not record a preset; --reproduces PRESET names the one that it is to be held against"
+        return "it does not record a preset; --reproduces PRESET names the one to compare it with"
     try:
         row = load_preset(name).header.published
     except RscliError as error:

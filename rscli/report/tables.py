@@ -113,8 +113,8 @@ def _groups(comparison: Comparison) -> Table:
         title=f"Mean over training seeds: certified accuracy (%) by {comparison.norm} radius",
         header=("model", "seeds", "ACR", *map(radius_text, comparison.radii)),
         rows=tuple(row(group) for group in comparison.groups),
-        caption="± is the standard deviation over the seeds (divided by one less). All are on the same images, so their choice "
-        "is not in it." + _BOUND * _bounded(comparison),
+        caption="± is the sample standard deviation over the seeds. All runs are on the same images, so it does not include "
+        "the choice of images." + _BOUND * _bounded(comparison),
         fixed=3,
     )
 
@@ -131,7 +131,7 @@ def _differences(comparison: Comparison) -> Table:
         return (Cell(difference.name), gain, *(_test(tests.get(radius), images, digits) for radius in comparison.radii))
 
     return Table(
-        title=f"Difference to {comparison.differences[0].baseline}, image by image (points)",
+        title=f"Difference from {comparison.differences[0].baseline}, paired by image (percentage points)",
         header=("model", "ACR", *map(radius_text, comparison.radii)),
         rows=tuple(row(difference) for difference in comparison.differences),
         caption=caption,
@@ -168,12 +168,12 @@ def _published(comparison: Comparison) -> Table:
         )
 
     return Table(
-        title="Beside the published figures",
+        title="Comparison with the published figures",
         header=("model", "ACR", "published", "difference", "within?", "images", "their seeds", "their setting", "source"),
         rows=tuple(row(beside) for beside in comparison.published),
-        caption="The published row of the preset, or the one of the nearest setting. within: the difference is at "
-        "most ±, twice the standard deviation from the seeds of both sides and, where images differ, from the choice of the "
-        "images (taken as drawn at random). Below a setting: in what ours is another." + _BOUND * _bounded(comparison),
+        caption="The published row of the preset, or the one with the nearest setting. within: the difference is at "
+        "most ±, twice its standard deviation, from the seeds of both sides and, where the images differ, from their choice "
+        "(as if drawn at random). Below a setting: where ours differs." + _BOUND * _bounded(comparison),
     )
 
 
@@ -204,7 +204,7 @@ def _published_accuracy(comparison: Comparison) -> Table:
         title=f"Published certified accuracy (%) by {comparison.norm} radius",
         header=("model", *map(radius_text, comparison.radii)),
         rows=tuple(row(beside) for beside in comparison.published),
-        caption="Signed: ours minus theirs, in points. Each is on its own images, and at its own protocol."
+        caption="Signed: ours minus theirs, in percentage points. Each is on its own images and under its own protocol."
         + _BOUND * _bounded(comparison),
     )
 
@@ -230,7 +230,7 @@ def _protocol(comparison: Comparison) -> Table:
         "abstained": _abstained,
         "saturated": lambda s: _known(s.saturated, ","),
         "largest radius": lambda s: f"{metrics.round_down(s.largest, 3):.3f}",
-        "may be wrong": lambda s: "" if s.may_be_wrong is None else f"≤ {s.may_be_wrong}",
+        "false certificates": lambda s: "" if s.may_be_wrong is None else f"≤ {s.may_be_wrong}",
         "samples": lambda s: _known(s.samples, ","),
         "time": lambda s: "" if s.seconds is None else str(timedelta(seconds=round(s.seconds))),
     }
@@ -238,9 +238,9 @@ def _protocol(comparison: Comparison) -> Table:
         title="What the figures rest on",
         header=tuple(columns),
         rows=tuple(tuple(Cell(show(summary) or UNKNOWN) for show in columns.values()) for summary in comparison.summaries),
-        caption="saturated: so many samples give no larger radius; where only given radii were decided, all of them hold, and "
-        "more might be proved. largest radius: of a right answer. may be wrong: so many of all certificates, at confidence "
-        f"{1 - RHO:g}. time: of all images, added up.",
+        caption="saturated: n samples cannot give a larger radius; where only given radii were decided, all of them hold, and "
+        "larger ones might. largest radius: of a correct answer. false certificates: at most so many, at confidence "
+        f"{1 - RHO:g}. time: the sum over all images.",
     )
 
 

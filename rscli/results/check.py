@@ -124,7 +124,7 @@ class _Checks:
         if row.count + row.runner_up > row.n:
             return f"count is {row.count} and runner_up is {row.runner_up}, but together they are at most n, which is {row.n}"
         if self.ours and self.labels and row.predict not in (ABSTAIN, row.label):
-            return f"predict is {row.predict}, but under --labels it is the label, {row.label}, or {ABSTAIN}"
+            return f"predict is {row.predict}, but with --labels it is the label, {row.label}, or {ABSTAIN}"
         return None
 
     def _recomputed(self, row: Row) -> str | None:

@@ -26,7 +26,7 @@ EXPECTED = f"A result file has columns separated by tabs, and a header with at l
 GIVEN_OPEN = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 """Paths of what this process was started with, open."""
 
-SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "": "blanks"}
+SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "": "spaces"}
 
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _WHOLE = re.compile(r"(-?\d+)\.0*")
@@ -58,7 +58,7 @@ def read_text(path: Path) -> tuple[str, list[str]]:
     elif content.startswith(codecs.BOM_UTF8):
         done.append("begins with a byte order mark")
     if "\r" in text:
-        done.append("has line ends of another system (CR)" if "\n" not in text else "has line ends of Windows (CRLF)")
+        done.append("has CR line endings" if "\n" not in text else "has Windows line endings (CRLF)")
         text = text.replace("\r\n", "\n")
         text = text if "\n" in text else text.replace("\r", "\n")
     return text, [f"{path}: it {' and '.join(done)}; read as such"] if done else []
@@ -94,10 +94,10 @@ class Table:
             return parse_row(self._plain(line), self.columns, foreign=not self.ours)
         except ValueError:
             if line.startswith("#"):
-                self.changes["lines that begin with #, which are left out"] += 1
+                self.changes["lines that begin with #, which are ignored"] += 1
                 return None
             if _names(line, self.separator) == self.columns:
-                self.changes["headers between the rows, which are left out"] += 1
+                self.changes["headers between the rows, which are ignored"] += 1
                 return None
             fixed, changes = self._fixed(line)
             if not changes:
@@ -187,5 +187,5 @@ def _not_a_log(path: Path, header: str) -> InputError:
         return InputError(f"{path} is a training log, not a result file: its first line is {first!r}", EXPECTED)
     if path.stem.endswith("_acc") or any(name.endswith(("acc", "accuracy")) for name in names):
         text = f"{path} is a table of accuracies (an _acc file), not a log of certification: its first line is {first!r}"
-        return InputError(text, "Give the log that it was computed from: a line an image, with its radius.")
+        return InputError(text, "Give the log that it was computed from: one line per image, with its radius.")
     return InputError(f"{path} is not a result file: no column {', '.join(missing)}; its first line is {first!r}", EXPECTED)

@@ -59,7 +59,7 @@ class _Info(_Part):
     train_seed: int | None = None
     batch: int | None = Field(None, ge=1, le=10**6)
     channels_last: bool | None = None
-    lanes: int | None = Field(None, ge=1)
+    lanes: int | None = Field(None, ge=1)  # batches in parallel: the file keeps the old name
     threads: int | None = Field(None, ge=1)
     trial: bool | None = None
     compile: bool | None = None
@@ -102,8 +102,8 @@ def read_protocol(path: Path) -> dict[str, Any] | None:
     if not isinstance(protocol, dict) or not isinstance(protocol.get("format"), int):
         raise InputError(f"{beside} is not the protocol of a result file: it has no format number")
     if protocol["format"] > FORMAT:
-        raise InputError(f"{beside} has format {protocol['format']}, this rscli reads up to {FORMAT}", "Update rscli.")
-    hint = "Put the protocol file back as it was written."
+        raise InputError(f"{beside} has format {protocol['format']}, this rscli reads formats up to {FORMAT}", "Update rscli.")
+    hint = "Restore the protocol file."
     try:
         _Protocol.model_validate(protocol)
     except ValidationError as cause:
@@ -126,7 +126,7 @@ def _read_whole(beside: Path) -> Any:
                 if not beside.read_bytes().endswith(b"\n") and time.monotonic() < until:
                     time.sleep(0.02)
                     continue
-            hint = "Put it back as it was written. If no row has been written beside it yet, remove it."
+            hint = "Restore it; or, if no row has been written beside it yet, remove it."
             raise InputError(cause.message, hint) from cause
 
 
@@ -157,7 +157,7 @@ def claim(path: Path, protocol: dict[str, Any]) -> dict[str, Any]:
                 os.unlink(mine)  # noqa: PTH108
     there = read_protocol(path)
     if there is None:
-        raise InputError(f"{beside} was removed while this run began", "Run the same command again.")
+        raise InputError(f"{beside} was removed while this run was starting", "Run the same command again.")
     return there
 
 
@@ -217,15 +217,15 @@ def agree(path: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> lis
     """What differs in `info`, as notes. Raises `InputError` if there is no protocol, or anything else differs."""
     if before is None:
         raise InputError(
-            f"{path} has no protocol beside it ({protocol_path(path).name}), so nobody knows how its rows were made",
-            "Put the protocol file back, or choose another --out.",
+            f"{path} has no protocol beside it ({protocol_path(path).name}), so it is unknown how its rows were certified",
+            "Restore the protocol file, or choose another --out.",
         )
     info = [dict(protocol.get("info") or {}) for protocol in (before, now)]
     changed = differences(*(_decisive(protocol, before) for protocol in (before, now)))
     if changed:
         raise InputError(
-            f"{path} was begun with another protocol:\n" + "\n".join(f"  {line}" for line in changed),
+            f"{path} was started under another protocol:\n" + "\n".join(f"  {line}" for line in changed),
             "Rows of one file must be comparable. Use the same model, data and options, or choose another --out.",
         )
     info = [{key: value for key, value in one.items() if key not in (*OF_THE_START, *OF_THE_MODEL)} for one in info]
-    return [f"{path.name}, since it was begun: {line}" for line in differences(*info)]
+    return [f"{path.name}, since it was started: {line}" for line in differences(*info)]

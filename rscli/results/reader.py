@@ -57,22 +57,22 @@ def read_results(path: Path) -> Results:
     path = result_of(path / "results.tsv" if path.is_dir() else path)
     protocol = read_protocol(path)
     why_not = None if protocol is None else unchecked(protocol)
-    notes = [f"{path}: its rows are not recomputed: {why_not}"] if why_not else []
+    notes = [f"{path}: its rows are not checked by recomputing them: {why_not}"] if why_not else []
     if parts := parts_of(path):
         together = union(path, whole_rows(path, protocol)[0] if path.exists() else [], protocol)
         missing = missing_shards(path)
         those = "1 part is" if len(parts) == 1 else f"{len(parts)} parts are"
-        notes.append(f"{path}: its {those} not put together yet; `rscli certify --resume` does that")
+        notes.append(f"{path}: its {those} not merged yet; `rscli certify --resume` merges them")
         notes += [] if missing is None else [f"{path}: missing shards: {missing}; their images are left out"]
         return _results(path, sorted(together, key=lambda row: row.idx), protocol, notes)
     text, formal = read_text(path)
     notes += formal
     if protocol is not None and "\n" in text and not text.endswith("\n"):  # rscli ends every line; others may not end the last
         text = text[: text.rindex("\n") + 1]
-        notes.append(f"{path}: the last line is not whole and is left out; its run goes on, or was stopped")
+        notes.append(f"{path}: the last line is incomplete and is left out; its run is still going, or was stopped")
     rows, lines, changes = _rows(path, text, ours=protocol is not None)
     if not rows:
-        raise InputError(f"{path} has no rows: not one image is certified in it", "`rscli certify --resume` goes on with it.")
+        raise InputError(f"{path} has no rows: no image has been certified yet", "`rscli certify --resume` continues it.")
     if protocol is not None:
         check_rows(path, rows, lines, protocol)
     return _results(path, rows, protocol, notes + changes)
@@ -93,7 +93,7 @@ def _rows(path: Path, text: str, *, ours: bool) -> tuple[list[Row], list[int], l
         if row is None:
             continue
         if row.idx in rows:
-            raise broken(path, number, f"image {row.idx} is in an earlier line already")
+            raise broken(path, number, f"image {row.idx} is already on an earlier line")
         rows[row.idx] = row
         lines.append(number)
     return list(rows.values()), lines, table.notes()

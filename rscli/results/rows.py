@@ -1,4 +1,4 @@
-"""Result files: one line an image, append-only while a run lasts, sorted by index when it is finished.
+"""Result files: one line per image, append-only while a run lasts, sorted by index when it is finished.
 
 A result file is text, separated by tabs, with a header. Its first six columns are those that the field's tools read (they
 come from Cohen et al. 2019); the others are ours, and are missing from files that other tools wrote:
@@ -9,7 +9,7 @@ come from Cohen et al. 2019); the others are ours, and are missing from files th
 | predict | the certified class, or -1 for an abstention |
 | radius | certified radius at full precision, 0 for an abstention |
 | correct | 1 if `predict` is `label`, else 0 |
-| time | H:MM:SS.ffffff since the row before was decided: images are sampled side by side, and this adds up |
+| time | H:MM:SS.ffffff since the row before was decided: images are sampled together, and the times add up to the whole |
 | n0, n | samples that selected the class, and samples that certified it |
 | count, runner_up | of the n: those of the class under test, and those of the most frequent other class |
 | reason | why sampling stopped |

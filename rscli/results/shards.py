@@ -83,7 +83,7 @@ def whole_rows(path: Path, protocol: dict[str, Any] | None = None) -> tuple[list
     try:
         content = path.read_bytes()
     except OSError as cause:
-        raise InputError(f"the result file {path} cannot be read: {cause}", "Without --resume a new one is begun.") from cause
+        raise InputError(f"the result file {path} cannot be read: {cause}", "Without --resume a new one is started.") from cause
     header = HEADER.encode()
     if header.startswith(content) and content != header:
         return [], 0
@@ -105,7 +105,7 @@ def whole_rows(path: Path, protocol: dict[str, Any] | None = None) -> tuple[list
                 break
             raise broken(path, number, cause) from cause
         if row.idx in seen:
-            raise broken(path, number, f"image {row.idx} is in an earlier line already")
+            raise broken(path, number, f"image {row.idx} is already on an earlier line")
         seen.add(row.idx)
         rows.append(row)
         whole += len(line) + 1
@@ -134,7 +134,7 @@ def _without_digest(path: Path, content: bytes, protocol: dict[str, Any] | None)
     return line + end, rest
 
 
-_OTHER_PART = "Rows of one file must be comparable. Put back the protocol or the part that belongs here, or remove the part."
+_OTHER_PART = "Rows of one file must be comparable. Restore the protocol or the part that belongs here, or remove the part."
 
 
 def _foreign(content: bytes) -> str:

@@ -56,7 +56,7 @@ class ResultWriter:
         try:
             notes = agree(path, there, json.loads(json.dumps(protocol)))
         except InputError as cause:
-            hint = f"Choose another --out; or remove {protocol_path(path)}, if the run that wrote it is given up."
+            hint = f"Choose another --out; or remove {protocol_path(path)}, if the run that wrote it is abandoned."
             raise InputError(cause.message, hint) from cause
         with writing(path):
             try:
@@ -89,9 +89,7 @@ class ResultWriter:
         if repaired is not None:
             with replacing(path) as beside:
                 beside.write_bytes(repaired)
-            notes.append(
-                f"{path.name}: its line ends, or the mark at its beginning, were those of an editor; they are repaired"
-            )
+            notes.append(f"{path.name}: an editor had changed its line endings or its encoding; this is repaired")
         rows, whole = whole_rows(path, before) if path.exists() or not elsewhere else ([], 0)
         if path.exists() and path.stat().st_size > whole:
             os.truncate(path, whole)
@@ -175,7 +173,7 @@ class ResultWriter:
                 sync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as cause:
-            hint = "The rows before are saved. Make room, and run the same command with --resume."
+            hint = "The rows before it are saved. Make room, and run the same command with --resume."
             raise RscliError(f"cannot write to {self.path}: {cause}", hint) from cause
 
     def _alone(self) -> None:
@@ -219,4 +217,4 @@ def _missing(path: Path) -> list[str]:
 
 
 def _exists(path: Path) -> InputError:
-    return InputError(f"the result file {path} exists already", "Go on with it (--resume), or write to another file (--out).")
+    return InputError(f"the result file {path} already exists", "Continue it (--resume), or write to another file (--out).")

@@ -31,7 +31,7 @@ ADVICE = {
     errno.EISDIR: "Name a file, not a folder.",
     errno.ENAMETOOLONG: "A name has 255 bytes at most. If these are several paths, give each as an argument of its own.",
     errno.ELOOP: "Symbolic links lead in a circle there (`ls -l` shows them): name the file itself.",
-    errno.ESTALE: "The file server has lost it: try again, or mount the folder anew.",
+    errno.ESTALE: "The file server has lost it: try again, or remount the folder.",
     errno.EIO: "The disk or the file server failed: try again, and look at the system's log.",
     errno.EROFS: "The file system is read-only: choose another place.",
     errno.EMFILE: "Too many files are open: use fewer --workers, or raise the limit with `ulimit -n`.",

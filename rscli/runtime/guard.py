@@ -71,21 +71,21 @@ class calling:  # noqa: N801  # reads as a phrase
 
 
 def draw_noise(smoothing: Noise, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    """Noise of `shape` on `device`, drawn by the plugin `smoothing`; checked but for its values."""
+    """Float32 noise of `shape` (any shape) on `device`, drawn by the plugin `smoothing`; all but its values is checked."""
     with calling(smoothing, "sample"):
         noise = smoothing.sample(shape, generator=generator, device=device)
     if not isinstance(noise, torch.Tensor):
-        raise broken(smoothing, "sample", f"returned {noise!r:.80}, which is no tensor")
+        raise broken(smoothing, "sample", f"returned {noise!r:.80}, which is not a tensor")
     if tuple(noise.shape) != tuple(shape) or noise.device.type != device.type or noise.dtype != torch.float32:
         found = f"{tuple(noise.shape)}, {noise.dtype}, on {noise.device}"
-        raise broken(smoothing, "sample", f"returned noise of {found}, where {tuple(shape)}, float32, on {device} is wanted")
+        raise broken(smoothing, "sample", f"returned noise of {found}, where {tuple(shape)}, float32, on {device} is expected")
     return noise
 
 
 def number(plugin: Plugin, method: str, what: str, value: Any) -> float:
     """`value` as a float. Raises `PluginError` unless it is a finite number; `what` names it."""
     if isinstance(value, bool) or not isinstance(value, SupportsFloat) or not math.isfinite(float(value)):
-        raise broken(plugin, method, f"gave {what} = {_shown(value)}, which is no finite number")
+        raise broken(plugin, method, f"gave {what} = {_shown(value)}, which is not a finite number")
     return float(value)
 
 

@@ -33,13 +33,13 @@ def meet(launch: Launch, purpose: str, waiting: Callable[[str], None], stop: Sto
     )  # torchrun keeps it when it starts them all again
     store.add("here", 1)
     while (here := int(store.add("here", 0))) < launch.world:
-        wait.more(f"{launch.world - here} of {launch.world} processes to come to {wait.place}")
+        wait.more(f"{launch.world - here} of {launch.world} processes to join at {wait.place}")
         time.sleep(POLL_SECONDS)
     return store
 
 
 class _Wait:
-    """How long the beginning takes: says what it is waiting for after `SAY_SECONDS`, and gives up in the end."""
+    """How long the beginning takes: says what it is waiting for after `SAY_SECONDS`, and fails when that takes too long."""
 
     def __init__(self, launch: Launch, say: Callable[[str], None], stop: StopRequest) -> None:
         self.place = f"{launch.address}:{launch.port} (MASTER_ADDR and MASTER_PORT)"
@@ -66,7 +66,7 @@ def _connect(launch: Launch, wait: _Wait) -> Store:
     try:
         socket.getaddrinfo(launch.address, launch.port)
     except (OSError, UnicodeError) as cause:
-        raise InputError(f"MASTER_ADDR is {launch.address!r}, which is not known here: {cause}", LEFTOVER) from cause
+        raise InputError(f"MASTER_ADDR is {launch.address!r}, which this machine cannot find: {cause}", LEFTOVER) from cause
     keeps = launch.rank == 0 and not launch.kept
     if keeps:
         _check_free(launch)
@@ -79,7 +79,7 @@ def _connect(launch: Launch, wait: _Wait) -> Store:
         return store
     except RuntimeError as cause:  # torch's, of several kinds
         said = str(cause).strip().partition("\n")[0]
-        raise InputError(f"cannot meet the other processes at {wait.place}: {said}", LEFTOVER) from cause
+        raise InputError(f"cannot reach the other processes at {wait.place}: {said}", LEFTOVER) from cause
 
 
 def _listens(launch: Launch) -> bool:
@@ -98,5 +98,5 @@ def _check_free(launch: Launch) -> None:
             trial.bind(("", launch.port))
             trial.listen()
     except OSError as cause:
-        hint = "Choose another, the same for all processes."
-        raise InputError(f"cannot listen at the port MASTER_PORT = {launch.port}: {cause.strerror}", hint) from cause
+        hint = "Choose another port, the same for all processes."
+        raise InputError(f"cannot listen on the port MASTER_PORT = {launch.port}: {cause.strerror}", hint) from cause

@@ -42,7 +42,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     world = _whole(environment, "WORLD_SIZE", 1, None)
     if world is None:
         left = environment.get("RANK", "").strip()
-        note = f"RANK is {left!r}, but WORLD_SIZE is not set: ignored, this process does everything"
+        note = f"RANK is {left!r}, but WORLD_SIZE is not set: RANK is ignored, and this process works alone"
         return Launch(note=None if left in ("", "0") else note)
     rank = _whole(environment, "RANK", 0, world - 1, f", as WORLD_SIZE is {world}")
     if world == 1:

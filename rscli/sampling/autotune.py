@@ -1,4 +1,4 @@
-"""How to sample fastest here: a trial of a few seconds, over memory layouts, batch sizes and lanes, and maybe torch.compile.
+"""How to sample fastest here: a trial of a few seconds, over memory layout, batch size, parallel batches and torch.compile.
 
 The best choice differs by machine and network (bench/README.md has factors of 4 to 6 on one CPU), so it is measured and
 reported, not assumed. What is measured is the engine itself, noise and counting included.
@@ -29,7 +29,7 @@ TRIAL_SECONDS = 0.15
 """The least time for one candidate, after its first batches."""
 
 SLOW_SECONDS = 1.0
-"""Sizes at which a batch in every lane takes longer are not tried: what a larger batch gains was gained long before."""
+"""Sizes at which a batch on every worker thread takes longer are not tried: a larger batch has nothing left to gain."""
 
 RIVALS, NEAR, TURNS = 3, 0.9, 2
 """The fastest few, if they are so near to the fastest, are measured so many times more: a single measurement may be off by a
@@ -41,21 +41,21 @@ CLEARLY = 1.05
 
 @dataclass(frozen=True)
 class Choice:
-    """How batches are classified: their size, memory layout, how many lanes side by side, and whether by torch.compile.
+    """How batches are classified: their size, memory layout, how many in parallel, and whether by torch.compile.
 
     `speed`: the samples per second that a trial measured (None: not tried).
     """
 
     batch: int
     channels_last: bool
-    lanes: int = 1
+    parallel: int = 1
     compiled: bool = False
     speed: float | None = None
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "contiguous"
-        lanes = "" if self.lanes == 1 else f", {self.lanes} side by side"
-        return f"batch {self.batch}, {layout}{lanes}{', compiled' if self.compiled else ''}"
+        parallel = "" if self.parallel == 1 else f", {self.parallel} batches in parallel"
+        return f"batch size {self.batch}, {layout}{parallel}{', compiled' if self.compiled else ''}"
 
 
 Make = Callable[[Choice], Sampler]
@@ -63,7 +63,7 @@ Make = Callable[[Choice], Sampler]
 
 
 Stop = Callable[[], bool]
-"""Whether to stop: asked before every portion."""
+"""Whether to stop: asked before every chunk of samples."""
 
 
 def tune(
@@ -73,14 +73,14 @@ def tune(
     *,
     batch: int | None,
     channels_last: bool | None,
-    lanes: int,
+    parallel: int,
     stop: Stop = lambda: False,
 ) -> Choice:
-    """The fastest choice for images `shape` (channel, height, width); what is given is kept, `lanes` is the most.
+    """The fastest choice for images `shape` (channel, height, width); what is given is kept, `parallel` is the most.
 
     A probe of the smallest batch size tells which others are worth trying. Both layouts are tried at the smallest of these,
-    then the others in the better layout, until one does not fit; then fewer lanes, each with more of torch's threads. Those
-    that come out on top are measured again.
+    then the others in the better layout, until one does not fit; then fewer in parallel, each with more of torch's threads.
+    Those that come out on top are measured again.
     """
     layouts = (True, False) if channels_last is None else (channels_last,)
     sizes = (batch,) if batch else BATCHES.get(device.type, BATCHES["cpu"])
@@ -88,25 +88,25 @@ def tune(
     def measured(choice: Choice) -> Choice:
         return replace(choice, speed=speed_of(make, choice, shape, stop))
 
-    best = measured(Choice(sizes[0], layouts[0], lanes))
-    sizes = tuple(size for size in sizes if size * lanes <= SLOW_SECONDS * _rank(best)) or sizes[:1]
+    best = measured(Choice(sizes[0], layouts[0], parallel))
+    sizes = tuple(size for size in sizes if size * parallel <= SLOW_SECONDS * _rank(best)) or sizes[:1]
     first, *others = [size for size in sizes if size * SPAN >= sizes[-1]]
-    both = [Choice(first, layout, lanes) for layout in layouts]
+    both = [Choice(first, layout, parallel) for layout in layouts]
     found = [best, *(measured(choice) for choice in both if choice != replace(best, speed=None))]
     best = max(found, key=_rank)
     for size in others:
-        found.append(measured(Choice(size, best.channels_last, lanes)))
+        found.append(measured(Choice(size, best.channels_last, parallel)))
         if found[-1].speed is None:
             break  # out of memory: larger ones are, too
     best = max(found, key=_rank)
-    fewer = {lanes // 4, 1} - {0, lanes}
-    return _settled([*found, *(measured(replace(best, lanes=count)) for count in sorted(fewer))], measured)
+    fewer = {parallel // 4, 1} - {0, parallel}
+    return _settled([*found, *(measured(replace(best, parallel=count)) for count in sorted(fewer))], measured)
 
 
 def _settled(found: list[Choice], measured: Callable[[Choice], Choice]) -> Choice:
     """The fastest of `found`, with those near to it measured again, in turns, if that is a matter of a moment."""
     best = max(found, key=_rank)
-    if best.batch * best.lanes > TRIAL_SECONDS * _rank(best):
+    if best.batch * best.parallel > TRIAL_SECONDS * _rank(best):
         return best
     rivals = sorted((choice for choice in found if _rank(choice) > NEAR * _rank(best)), key=_rank)[-RIVALS:]
     if len(rivals) > 1:
@@ -127,13 +127,13 @@ def try_compiled(make: Make, choice: Choice, shape: tuple[int, int, int], stop: 
 
 
 def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop = lambda: False) -> float | None:
-    """Samples a second of the whole engine; None if the batch does not fit into memory, or if it was stopped."""
+    """Samples per second of the whole engine; None if the batch does not fit into memory, or if it was stopped."""
     if stop():
         return None
     try:
         sampler = make(choice)
         trial = _Trial(sampler, shape, stop)
-        for _ in sampler.run((_Endless(trial, key) for key in range(choice.lanes + 2)), trial.over):
+        for _ in sampler.run((_Endless(trial, key) for key in range(choice.parallel + 2)), trial.over):
             pass
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -145,7 +145,7 @@ def speed_of(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Stop
 
 
 class _Trial:
-    """Counts the samples of endless requests, from when every lane has done a portion or two."""
+    """Counts the samples of endless requests, once every worker thread has done a chunk or two."""
 
     def __init__(self, sampler: Sampler, shape: tuple[int, int, int], stop: Stop) -> None:
         self.sampler, self.shape, self.stop = sampler, shape, stop
@@ -155,8 +155,8 @@ class _Trial:
         self._start: tuple[int, float] | None = None
 
     def over(self) -> bool:
-        """Asked before every portion: whether enough was seen."""
-        now, enough = time.perf_counter(), self.sampler.lanes * self.sampler.portion
+        """Asked before every chunk: whether enough was seen."""
+        now, enough = time.perf_counter(), self.sampler.parallel * self.sampler.chunk
         if now - self._begun < SLOW_SECONDS:
             enough *= 2
         if self.stop():
@@ -174,7 +174,7 @@ class _Trial:
 
 @dataclass
 class _Endless:
-    """An image that wants portion after portion: the host reads its counts after each, so that no time is measured ahead."""
+    """An image that wants chunk after chunk: the host reads its counts after each, so that no time is measured ahead."""
 
     trial: _Trial
     key: int
@@ -182,12 +182,12 @@ class _Endless:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        self.wanted = self.trial.sampler.portion
+        self.wanted = self.trial.sampler.chunk
 
     def image(self) -> Tensor:
         return torch.zeros(self.trial.shape)
 
     def receive(self, counts: Counts) -> bool:
-        self.trial.samples += self.trial.sampler.portion
-        self.wanted += self.trial.sampler.portion
+        self.trial.samples += self.trial.sampler.chunk
+        self.wanted += self.trial.sampler.chunk
         return False

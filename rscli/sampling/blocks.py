@@ -1,7 +1,7 @@
 """The noise of certification, block by block: that of image i, sample j depends on (seed, i, j) alone.
 
 It comes in blocks of `BLOCK` samples, each from a generator of its own, keyed by (seed, image, block). A block is drawn when
-its first sample is classified, by whichever lane does that, and kept until its last one is handed out.
+its first sample is classified, by whichever worker thread does that, and kept until its last one is handed out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rscli.runtime.guard import broken, calling, draw_noise
 from rscli.runtime.seeds import block_generator
 
 BLOCK = 64
-"""Samples a block of noise; part of the protocol, since another size draws other noise."""
+"""Samples per block of noise; part of the protocol, since another size draws other noise."""
 
 
 class Block:
@@ -30,7 +30,7 @@ class Block:
         self._noise: Tensor | None = None
 
     def noise(self) -> Tensor:
-        """The noise (BLOCK, channel, height, width); a lane that asks while another draws waits for it."""
+        """The noise (BLOCK, channel, height, width); a thread that asks while another draws waits for it."""
         with self._lock:
             if self._noise is None:
                 self._noise = self._draw()
@@ -58,7 +58,7 @@ class Piece:
             made = self.block.smoothing.apply(self.image, noise, out=out)
         if not isinstance(made, Tensor) or made.shape != out.shape:
             found = tuple(made.shape) if isinstance(made, Tensor) else f"{made!r:.80}"
-            raise broken(self.block.smoothing, "apply", f"returned {found} where {tuple(out.shape)} is wanted")
+            raise broken(self.block.smoothing, "apply", f"returned {found} where {tuple(out.shape)} is expected")
         if made is not out:  # a distribution that does not know how to write to a place
             out.copy_(made)
 

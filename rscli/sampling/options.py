@@ -18,7 +18,7 @@ from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.sampling.autotune import Choice, Make, Stop, speed_of, try_compiled, tune
 from rscli.sampling.sampler import Sampler
-from rscli.sampling.threads import lanes_of
+from rscli.sampling.threads import parallel_batches
 
 BATCH = 256
 """The batch size of runs too short for a trial."""
@@ -44,8 +44,8 @@ class SamplingOptions:
     """How samples are drawn. Only `precision`, `seed` and the kind of device change what a certificate rests on.
 
     `batch`, `channels_last` and `compile` are kept if given; if not, they are those of the run that is resumed, or found by a
-    trial (`autotune`; None: for long runs), or the usual ones. How many lanes there are is found likewise, and never more than
-    torch has threads.
+    trial (`autotune`; None: for long runs), or the usual ones. How many batches run in parallel is found likewise,
+    and never more than torch has threads.
     """
 
     device: str = "auto"
@@ -76,15 +76,15 @@ class SamplingOptions:
         batch = self.batch or before.get("batch")
         channels_last = self.channels_last if self.channels_last is not None else before.get("channels_last")
         compiled = self.compile if self.compile is not None else before.get("compile")
-        lanes = lanes_of(device)
+        parallel = parallel_batches(device)
         if before.get("trial") is not False and (before.get("lanes") or 1) < (before.get("threads") or 1):
-            lanes = min(lanes, before["lanes"])  # a trial found that fewer are faster
+            parallel = min(parallel, before["lanes"])  # a trial found that fewer are faster
         if self.autotune or (self.autotune is None and work.long and batch is None):
-            choice = tune(make, device, shape, batch=batch, channels_last=channels_last, lanes=lanes, stop=stop)
+            choice = tune(make, device, shape, batch=batch, channels_last=channels_last, parallel=parallel, stop=stop)
         else:
             batch = batch or BATCH
-            lanes = max(1, min(lanes, work.samples // batch))  # each with a batch of its own
-            choice = Choice(batch, True if channels_last is None else channels_last, lanes)
+            parallel = max(1, min(parallel, work.samples // batch))  # each with a batch of its own
+            choice = Choice(batch, True if channels_last is None else channels_last, parallel)
             if work.long and not before:  # worth knowing what it will cost
                 choice = replace(choice, speed=speed_of(make, choice, shape, stop))
         if compiled:
@@ -120,16 +120,16 @@ class SamplingOptions:
                 device=device,
                 precision=self.precision,
                 channels_last=choice.channels_last,
-                lanes=choice.lanes,
+                parallel=choice.parallel,
             )
 
         return make
 
 
 class OnceCompiled:
-    """A network by torch.compile that several lanes call: one lane compiles each kind of batch, while the others wait.
+    """A network by torch.compile that several threads call: one compiles each kind of batch, while the others wait.
 
-    Without that, every lane that meets a new kind of batch before the first has compiled it compiles it again, one after the
+    Without that, every thread that meets a new kind of batch before the first has compiled it compiles it again, one after the
     other.
     """
 
@@ -166,7 +166,7 @@ def _compiled(make: Make, choice: Choice, shape: tuple[int, int, int], stop: Sto
     except RscliError:
         raise
     except Exception as cause:
-        hint = "Use --no-compile: the rows are the same but for last-bit ties of the network."
+        hint = "Use --no-compile: it changes no vote, except where two logits are equal up to the last bits."
         raise RscliError(f"torch.compile cannot compile this model here: {_first_line(cause)}", hint) from cause
 
 

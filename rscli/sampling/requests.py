@@ -78,7 +78,7 @@ class CertifierRequest:
         return self.load()
 
     def receive(self, counts: Counts) -> bool:
-        """Selection counts make the plan; counts at a look make a decision, or lead to the next look."""
+        """Takes the `counts` (classes,): selection counts make the plan, counts at a look a decision or the next look."""
         self.fresh = self.plan is None
         if self.plan is None:
             return self._begin(counts)
@@ -109,7 +109,7 @@ class CertifierRequest:
     def _checked_plan(self, plan: Any) -> Plan:
         certifier = self.certifier
         if not isinstance(plan, Plan) or not isinstance(plan.looks, tuple | list):
-            raise broken(certifier, "plan", f"returned {plan!r:.80}, which is no Plan with looks")
+            raise broken(certifier, "plan", f"returned {plan!r:.80}, which is not a Plan with looks")
         candidate = whole(certifier, "plan", "candidate", plan.candidate, 0, self.question.classes - 1)
         looks = tuple(whole(certifier, "plan", "look", look, 1, certifier.n) for look in plan.looks)
         if any(b <= a for a, b in pairwise(looks)):
@@ -119,12 +119,12 @@ class CertifierRequest:
     def _checked_decision(self, said: Any) -> Decision:
         certifier, classes = self.certifier, self.question.classes
         if not isinstance(said, Decision):
-            raise broken(certifier, "decide", f"returned {said!r:.80}, which is no Decision")
+            raise broken(certifier, "decide", f"returned {said!r:.80}, which is not a Decision")
         predict = whole(certifier, "decide", "predict", said.predict, ABSTAIN, classes - 1)
         p_a, p_b = (number(certifier, "decide", name, getattr(said, name)) for name in ("p_a", "p_b"))
         for name, value in (("p_a", p_a), ("p_b", p_b)):
             if not 0 <= value <= 1:
-                raise broken(certifier, "decide", f"gave {name} = {value}, which is no probability")
+                raise broken(certifier, "decide", f"gave {name} = {value}, which is not a probability")
         if not isinstance(said.reason, str) or not isinstance(said.saturated, bool | np.bool_):
             raise broken(certifier, "decide", f"gave reason = {said.reason!r:.40}, saturated = {said.saturated!r:.40}")
         threshold = said.threshold

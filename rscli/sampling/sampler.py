@@ -1,9 +1,9 @@
 """Sampling: the noisy predictions that certifiers ask for, counted on the device, in batches filled across images.
 
 Batches have one static shape (the last is padded), and hold whatever samples are wanted next, of however many images. Several
-are under way at a time: one in each lane of a CPU, one in the queue of a GPU. They are counted in the order in which they were
-filled, so no count depends on which lane is faster. The host waits for the device only when an image has all the samples of its
-next look, and then one batch late, so that the device has work meanwhile.
+are under way at a time: one on each worker thread of a CPU, one in the queue of a GPU. They are counted in the order in which
+they were filled, so no count depends on which thread is faster. The host waits for the device only when an image has all the
+samples of its next look, and then one batch late, so that the device has work meanwhile.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from rscli.runtime.devices import memory_layout, precision_scope
 from rscli.runtime.memory import enough_memory, out_of_memory
 from rscli.sampling.blocks import BLOCK, NoiseBlocks, Piece, cut
 from rscli.sampling.requests import Request
-from rscli.sampling.threads import lanes
+from rscli.sampling.threads import worker_threads
 
-TOO_LARGE = "Free its memory, or take another device (--device)."
+TOO_LARGE = "Free memory on it, or use another device (--device)."
 
 SPARE = 4
 """For each batch under way, so many batches' worth of drawn noise are kept at most: the rest of blocks whose next samples were
 not wanted yet."""
 
 
-PORTION, MOST = 256, 4
-"""A lane gets that many samples at a time, if it has to be in at most so many batches: each handing out costs it a moment."""
+CHUNK, MOST = 256, 4
+"""A worker thread gets so many samples at a time, in at most so many batches: each hand-over costs it a moment."""
 
 
 @dataclass(eq=False)
@@ -63,9 +63,9 @@ _Snapshot = tuple[Tensor, torch.cuda.Event | None]
 
 
 class Sampler:
-    """Draws samples for any number of requests in batches of one static shape, `lanes` of them side by side.
+    """Draws samples for any number of requests in batches of one static shape, `parallel` of them at a time.
 
-    With more than one lane, the model and the noise are called by several threads at once.
+    With more than one, the model and the noise are called by several threads at once.
     """
 
     def __init__(
@@ -79,17 +79,17 @@ class Sampler:
         device: torch.device,
         precision: str = "fp32",
         channels_last: bool = True,
-        lanes: int = 1,
+        parallel: int = 1,
     ) -> None:
         if batch < 1:
             raise InputError(f"the batch size is {batch}, but must be at least 1")
         self.model, self.noise, self.classes, self.seed, self.batch, self.device = model, noise, classes, seed, batch, device
-        self.precision, self.lanes = precision, lanes
+        self.precision, self.parallel = precision, parallel
         self.layout = memory_layout(channels_last)
         self.samples = 0
-        self._batches = max(1, min(MOST, PORTION // batch)) if lanes > 1 else 1
-        self._blocks = NoiseBlocks(noise, seed, device, most=SPARE * (lanes + 1) * max(1, self.portion // BLOCK))
-        slots = (lanes + 1) * self.portion + 2  # of so many images at most; those of one portion a lane wait for their look
+        self._batches = max(1, min(MOST, CHUNK // batch)) if parallel > 1 else 1
+        self._blocks = NoiseBlocks(noise, seed, device, most=SPARE * (parallel + 1) * max(1, self.chunk // BLOCK))
+        slots = (parallel + 1) * self.chunk + 2  # of so many images at most; those of one chunk per worker wait for their look
         self._counts = torch.zeros(slots, classes, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
         self._sum = torch.zeros((), device=device)
@@ -97,18 +97,18 @@ class Sampler:
         self._starts = self._one
         self._free: deque[int] = deque()
         self._active: list[_Active] = []
-        self._own = threading.local()  # each lane's batch of images
+        self._own = threading.local()  # each worker's batch of images
 
     @property
-    def portion(self) -> int:
+    def chunk(self) -> int:
         """How many samples are handed out at a time: those of one batch, or of several small ones."""
         return self.batch * self._batches
 
     def run(self, requests: Iterable[Request | None], stop: Callable[[], bool] = lambda: False) -> Iterator[Request]:
         """Yields each request when it wants no more, in the order in which they end; a few batches' worth is open at a time.
 
-        None among `requests` says: no further one now, ask again for the next portion. It may come only while some are open.
-        `stop` is asked before every portion; once it says True, nothing more is drawn or yielded. Of a run that was stopped or
+        None among `requests` says: no further one now, ask again for the next chunk. It may come only while some are open.
+        `stop` is asked before every chunk; once it says True, nothing more is drawn or yielded. Of a run that was stopped or
         failed, the next one knows nothing.
         Raises `RscliError` if the model's logits are not finite or a single image does not fit into memory, `PluginError` if
         the logits have the wrong shape.
@@ -119,22 +119,22 @@ class Sampler:
         self._sum.zero_()
         waiting = iter(requests)
         under_way: deque[Callable[[], list[Request]]] = deque()
-        with lanes(self.lanes) as pool:
+        with worker_threads(self.parallel) as pool:
             while not stop():
-                segments = self._fill(waiting, wait=len(under_way) >= self.lanes)
+                segments = self._fill(waiting, wait=len(under_way) >= self.parallel)
                 if segments:
                     under_way.append(self._launch(segments, pool))
                 elif not under_way:
                     return
-                if len(under_way) > self.lanes or not segments:
+                if len(under_way) > self.parallel or not segments:
                     yield from under_way.popleft()()
 
     def _fill(self, waiting: Iterator[Request | None], *, wait: bool) -> list[_Segment]:
-        """Segments (image, first sample, samples) for the next portion; opens new images when the open ones want too little.
+        """Segments (image, first sample, samples) for the next chunk; opens new images when the open ones want too little.
 
-        With `wait`, a portion that could not be filled is put off: a look that is due may want more samples.
+        With `wait`, a chunk that could not be filled is put off: a look that is due may want more samples.
         """
-        room = self.portion
+        room = self.chunk
         segments: list[_Segment] = []
         position = 0
         while room:
@@ -158,7 +158,7 @@ class Sampler:
     def _launch(self, segments: list[_Segment], pool: ThreadPoolExecutor | None) -> Callable[[], list[Request]]:
         """Has the samples of `segments` classified; what is returned hands the looks that are due to their requests.
 
-        Without a pool everything is queued on the device at once; with one, counting waits for the lane.
+        Without a pool everything is queued on the device at once; with one, counting waits for the worker.
         """
         ready = [active for active, *_ in segments if active.outstanding == 0]
         pieces = [
@@ -180,7 +180,7 @@ class Sampler:
     def _classify(self, pieces: list[Piece]) -> _Votes:
         """Runs the model on the samples of `pieces`, in batches that fit: out of memory halves the batch for good.
 
-        Another lane may have halved it since these samples were handed out: they are cut to what it is now.
+        Another worker may have halved it since these samples were handed out: they are cut to what it is now.
         """
         rest, votes = pieces, []
         fits = enough_memory(self.device, "a single image", TOO_LARGE)
@@ -207,7 +207,7 @@ class Sampler:
         logits = self.model(self._assemble(pieces, batch))
         if tuple(logits.shape) != (batch, self.classes):
             shape = (batch, self.classes)
-            raise PluginError(f"the model returned logits of shape {tuple(logits.shape)}, where {shape} was announced")
+            raise PluginError(f"the model returned logits of shape {tuple(logits.shape)}, but {shape} was expected")
         used = sum(piece.samples for piece in pieces)
         return logits[:used].argmax(-1), logits[:used].sum(dtype=torch.float32)  # float16 would overflow
 

@@ -1,4 +1,4 @@
-"""Certification: every wanted image of a split through a certifier, one flushed row an image, resumable at any point."""
+"""Certification: every wanted image of a split through a certifier, one flushed row per image, resumable at any point."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def build_certifier(section: dict[str, Any]) -> Certifier:
     if largest_p_a(certifier, certifier.n) < 0.5:
         least = 1 + bisect_left(range(1, 10**6), True, key=lambda n: largest_p_a(certifier, n) >= 0.5)
         raise InputError(
-            f"n is {certifier.n}, but at alpha {certifier.alpha:g} not even a unanimous vote of so few certifies anything",
+            f"n is {certifier.n}, but at alpha {certifier.alpha:g} even a unanimous vote of so few certifies nothing",
             f"Use n = {least} or more.",
         )
     return certifier
@@ -132,7 +132,7 @@ def _check_labels(writer: ResultWriter, split: Split) -> None:
     if wrong is not None:
         label = split.labels[wrong.idx]
         raise InputError(
-            f"{writer.path} says that image {wrong.idx} has the label {wrong.label}, and the data say {label}",
+            f"{writer.path} says that image {wrong.idx} has the label {wrong.label}, but in the data it has the label {label}",
             "Restore the file, or remove the row: its image is then certified again.",
         )
 
@@ -176,8 +176,8 @@ class _Run:
         finally:
             self.progress.finish()
         if self.stop.requested and self.done + self.ranks.add("decided", 0) < len(wanted):
-            hint = "The same command with --resume goes on from there."
-            text = f"stopped as asked; {self.score.images} images are decided and saved"
+            hint = "Run the same command with --resume to continue from there."
+            text = f"stopped as asked; {self.score.images} images are certified and saved"
             raise Stopped(text, hint, exit_code=self.stop.exit_code)
         samples = self.ranks.add("samples", self.sampler.samples)
         self.writer.close()
@@ -185,8 +185,8 @@ class _Run:
         if merge and self.ranks.rank == 0:
             missing = set(wanted) - {row.idx for row in union(self.writer.path, self.writer.rows, self.writer.protocol)}
             if missing:
-                hint = "All processes must write to one folder: use an --out that they share, then --resume."
-                raise RscliError(f"{len(missing)} images are in no part beside {self.writer.path}", hint)
+                hint = "All processes must write to the same folder: use an --out that they share, then --resume."
+                raise RscliError(f"{len(missing)} images are missing from the parts beside {self.writer.path}", hint)
             self.writer.finish()
             self.score = Score(self.writer.rows)
             samples = self.ranks.add("samples", 0)
@@ -245,8 +245,8 @@ def _see_protocol(out: Path) -> None:
     until = time.monotonic() + SHARED_SECONDS
     while not protocol_path(out).exists():
         if time.monotonic() > until:
-            hint = "All processes must write to one folder: use an --out that they share."
-            raise InputError(f"{protocol_path(out)}, which the first process has written, is not here", hint)
+            hint = "All processes must write to the same folder: use an --out that they share."
+            raise InputError(f"{protocol_path(out)}, which the first process has written, does not appear here", hint)
         time.sleep(0.05)
 
 
@@ -270,8 +270,8 @@ def _refuse_to_overwrite(options: CertifyOptions) -> None:
         own = part_path(options.out, _shard_name(options.shard)).name
         there = [path for path in there if path.name in (options.out.name, own) or path.name.startswith(f"{own}-rank")]
     if there:
-        hint = "Go on with it (--resume), or write to another file (--out)."
-        raise InputError(f"the result file {there[0]} exists already", hint)
+        hint = "Continue it (--resume), or write to another file (--out)."
+        raise InputError(f"the result file {there[0]} already exists", hint)
 
 
 def _there(options: CertifyOptions) -> list[Path]:
@@ -292,7 +292,7 @@ def _open(card: ModelCard, options: CertifyOptions) -> Split:
     if [*map(same_name, names)] != [*map(same_name, card.spec.class_names)]:
         raise InputError(
             f"the data has the classes {_some(names)}, but the model was trained on {_some(card.spec.class_names)}",
-            "Labels could not be compared. Give the data set that the model was trained on (--data-dir, --set data.KEY=VALUE).",
+            "The labels would not match. Give the data set that the model was trained on (--data-dir, --set data.KEY=VALUE).",
         )
     return open_split(dataset, card.spec, options.split, options.data_dir, download=options.download)
 
@@ -315,7 +315,7 @@ def _wanted(options: CertifyOptions, images: int) -> list[int]:
     if not wanted and options.shard is not None:
         raise InputError(f"--shard {options.shard[0]}/{options.shard[1]} has no image to certify", "Use fewer shards.")
     if not wanted:
-        raise InputError(f"--start {options.start} lies behind the last of the {images} images of the split {options.split!r}")
+        raise InputError(f"--start is {options.start}, but the split {options.split!r} has only {images} images")
     return wanted
 
 
@@ -366,7 +366,7 @@ def _protocol(
             "max": options.max,
             "batch": sampler.batch,
             "channels_last": choice.channels_last,
-            "lanes": choice.lanes,
+            "lanes": choice.parallel,
             "trial": choice.speed is not None,
             "compile": choice.compiled,
             "classes": len(card.spec.class_names),

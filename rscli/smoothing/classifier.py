@@ -65,15 +65,15 @@ class SmoothedClassifier(Smoothed):
         Raises `InputError` unless exactly one of `sigma` and `noise` is given.
         """
         if (sigma is None) == (noise is None):
-            raise InputError("a smoothed classifier needs its noise", "Give either sigma=0.5, say, or noise=PLUGIN.")
+            raise InputError("a smoothed classifier needs its noise", "Give either sigma, as in sigma=0.5, or noise=PLUGIN.")
         if not isinstance(network, nn.Module):
             raise InputError(
-                f"the network is a {type(network).__name__}, and must be a torch module", "Wrap it in an nn.Module."
+                f"the network is a {type(network).__name__}, but must be a torch module", "Wrap it in an nn.Module."
             )
         found = noise if noise is not None else _default_noise(sigma)
         names = tuple(map(str, range(class_names))) if isinstance(class_names, int) else tuple(class_names)
         if not names:
-            raise InputError("a classifier has one class or more", f"Give class_names; they are {class_names!r}.")
+            raise InputError("a classifier needs at least one class", f"Give class_names; they are {class_names!r}.")
         super().__init__(network, found, names, shape=input_shape, transform=transform, source=source)
 
     @classmethod
@@ -106,8 +106,8 @@ class SmoothedClassifier(Smoothed):
         known = (card.spec.class_names, card.spec.shape, card.spec.test_transform)
         if written != self.noise or known != (self.class_names, self.shape, self.transform):
             raise InputError(
-                "the noise, class names, input shape or transform are not those of the model file that this came from",
-                f"Change them in a classifier of rscli.load({str(self.source.path)!r}); only sigma may be another one.",
+                "the noise, class names, input shape or transform differ from those of the model file that was loaded",
+                f"Start again from rscli.load({str(self.source.path)!r}), and change nothing but sigma.",
             )
         save_model(Path(path), self.network, card.model_copy(update={"noise": {**card.noise, "sigma": self.sigma}}))
 
@@ -226,7 +226,8 @@ class SmoothedClassifier(Smoothed):
         if not isinstance(images, Tensor | np.ndarray) and any(isinstance(image, str | Path) for image in images):
             if self.transform is None:
                 raise InputError(
-                    "this classifier does not say how files become images", "Give it transform=rscli.api.Transform(...)."
+                    "this classifier has no transform, so it cannot read image files",
+                    "Give it transform=rscli.api.Transform(...).",
                 )
             transform = self.transform
             found: Sequence[Tensor] = [load_image(Path(cast(str, path)), transform) for path in images]
@@ -243,7 +244,7 @@ class SmoothedClassifier(Smoothed):
             return f"has {image.ndim} dimensions, not 3"
         wanted = self.shape or tuple(first)
         if tuple(image.shape) != wanted:
-            return f"has the shape {tuple(image.shape)}, and must have {wanted}"
+            return f"has the shape {tuple(image.shape)}, but must have {wanted}"
         if image.dtype == torch.uint8 and image.numel():
             return None
         if image.dtype != torch.uint8 and not image.is_floating_point():
@@ -258,7 +259,7 @@ def _tensor(image: Any, place: int) -> Tensor:
     try:
         return torch.as_tensor(image)
     except (TypeError, ValueError, RuntimeError) as cause:
-        raise InputError(f"image {place} is no array of numbers: {cause}", "Images are tensors or numpy arrays.") from cause
+        raise InputError(f"image {place} is not an array of numbers: {cause}", "Images are tensors or numpy arrays.") from cause
 
 
 def to_unit_if_bytes(image: Tensor) -> Tensor:

@@ -14,5 +14,5 @@ def at_most(task: CertificationTask, first: int, count: int, speed: float, world
     """
     samples = count * (task.certifier.selection(task.question(first)) + task.certifier.n)
     return (
-        f"{count:,} images, at most {samples:,} samples: about {timedelta(seconds=int(samples / speed / world))} at that speed"
+        f"{count:,} images, at most {samples:,} samples: about {timedelta(seconds=int(samples / speed / world))} at this speed"
     )

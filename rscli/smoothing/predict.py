@@ -89,7 +89,7 @@ def find_images(paths: Sequence[Path], progress: Progress) -> list[Path]:
     found = image_files.find_images(paths)
     skipped = image_files.skipped_text(found.skipped)
     if not found.paths:
-        hint = f"Folders are searched for {image_files.COMMON_SUFFIXES} files, and some more."
+        hint = f"Folders are searched for {image_files.COMMON_SUFFIXES} files, and a few other formats."
         raise InputError(f"no images in {', '.join(map(str, paths))}{f': {skipped}' if skipped else ''}", hint)
     if skipped:
         progress.warn(skipped)
@@ -114,7 +114,9 @@ def predict(
     work = Work(len(paths) * (certifier.n0 + certifier.n))
     sampler, _ = sampling.sampler(model, work, {}, progress, lambda: False)
     if model.transform is None:
-        raise InputError("this classifier does not say how files become images", "Give it a transform.")
+        raise InputError(
+            "this classifier has no transform, so it cannot read image files", "Give it transform=rscli.api.Transform(...)."
+        )
     transform = model.transform
     broken: list[Prediction] = []
     opened: dict[int, Path] = {}

@@ -18,8 +18,8 @@ def decided_radii(certifier: Certifier, noise: Noise, asked: tuple[float, ...]) 
     if not certifier.grid:
         if asked:
             name = type(certifier).__name__
-            hint = "Leave the radii out, or choose a certifier that decides given ones: `rscli plugins` lists them."
-            raise InputError(f"the certifier {name} gives each image as large a radius as it can, and takes no radii", hint)
+            hint = "Leave the radii out, or choose a certifier of given radii: `rscli plugins` lists them."
+            raise InputError(f"the certifier {name} certifies the largest radius that it can, and takes no radii", hint)
         return ()
     return asked or grid_radii(certifier, noise)
 

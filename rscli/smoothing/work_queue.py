@@ -101,7 +101,7 @@ class Together:
         """Until the counter `name` says that it was everybody."""
         while self.add(name, 0) < self.world:
             if stop is not None and stop.requested:
-                hint = "The same command with --resume puts the parts together, or goes on with what is missing."
+                hint = "Run the same command with --resume to merge the parts, or to continue with what is missing."
                 raise Stopped("stopped while waiting for the other processes", hint, exit_code=stop.exit_code)
             time.sleep(POLL_SECONDS)
 

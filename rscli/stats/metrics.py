@@ -44,9 +44,10 @@ def acr(radius: ArrayLike, correct: ArrayLike) -> float:
 
 
 def certified_accuracy(radius: ArrayLike, correct: ArrayLike, radii: ArrayLike) -> NDArray[np.float64]:
-    """The share of all images that are correct with radius >= r, for each r of `radii`; same shape as `radii`, in [0, 1].
+    """The share of all images that are correct with radius >= r, for each r of `radii` (any shape; the result has the same), in
+    [0, 1]. `radius` and `correct` are (images,).
 
-    At r = 0 this counts every image that was answered, correctly. Raises InputError (see `checked`).
+    At r = 0 this counts every image that was answered correctly. Raises InputError (see `checked`).
     """
     certified, right = checked(radius, correct)
     wanted = np.asarray(radii, np.float64)
@@ -96,7 +97,8 @@ def wrong_certificates(m: int, alpha: float, rho: float) -> int:
 
 
 def mean_sd(values: Sequence[float] | NDArray[Any]) -> tuple[float, float | None]:
-    """The mean and the sample standard deviation (divided by one less) over runs; None for the latter if there is one run.
+    """The mean and the sample standard deviation (n - 1 in the denominator) of `values` (runs,); None for the latter if there
+    is one run.
 
     Raises InputError when there is no value.
     """

@@ -185,7 +185,7 @@ def nested_test(
 
     The hypotheses are nested, so the cumulative maximum of the boundaries over increasing p0 needs no further correction: let
     p0 be the smallest threshold >= p. Any wrong certificate, at whatever threshold, reaches the boundary of p0, which happens
-    with probability at most alpha. Besides the mirrored boundary, a threshold is given up as soon as the misses exceed what
+    with probability at most alpha. Besides the mirrored boundary, a threshold is futile as soon as the misses exceed what
     every later look would allow (curtailment: this loses nothing). Raises InputError unless thresholds increase strictly, and
     as `boundary` does.
     """

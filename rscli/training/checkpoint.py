@@ -138,8 +138,8 @@ def check_data(before: Mapping[str, Any] | None, now: Mapping[str, Any], path: P
     if not said:
         said.append("the images or their labels are no longer the same (files changed, renamed, or moved to another class)")
     raise InputError(
-        f"the training data is not what {path} was trained on: {'; '.join(said)}",
-        f"Put the data back as it was, or train anew in another folder (--out). {remedy(path)}",
+        f"the training data differs from what {path} was trained on: {'; '.join(said)}",
+        f"Restore the data, or start a new run in another folder (--out). {remedy(path)}",
     )
 
 

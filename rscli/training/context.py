@@ -29,14 +29,17 @@ class SetupContext(TrainContext):
         self._split, self._progress, self._stop = split, progress, stop
 
     def batches(self, batch: int = 256) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Every training image once, under the test transform: indices, images, labels. Raises `Stopped` when asked to stop."""
+        """Every training image once, under the test transform: indices (b,), images (b, channel, height, width), labels (b,).
+
+        Raises `Stopped` when asked to stop.
+        """
         labels = torch.from_numpy(self._split.labels)
         self._progress.start("prepare", self.images, 0, "image")
         try:
             for indices, images in self._split.in_order(batch):
                 if self._stop.requested:
                     text = "stopped as asked, while the loss was prepared; nothing is saved yet"
-                    raise Stopped(text, "The same command begins again.", exit_code=self._stop.exit_code)
+                    raise Stopped(text, "Run the same command again.", exit_code=self._stop.exit_code)
                 yield indices, images.to(self.device), labels[indices].to(self.device)
                 self._progress.update(int(indices[-1]) + 1, {})
         finally:
@@ -49,7 +52,7 @@ class SetupContext(TrainContext):
         if model.class_names != spec.class_names or model.shape != spec.shape:
             raise InputError(
                 f"the model {path} is for {model.classes} classes and images {model.shape}, "
-                f"the training data have {self.classes} and {spec.shape}",
+                f"but the training data has {self.classes} and {spec.shape}",
                 "Name a model of the same data set.",
             )
         return model.network.to(self.device).eval().requires_grad_(False), model.noise

@@ -15,14 +15,14 @@ from torch import nn
 from rscli.errors import InputError
 from rscli.runtime.devices import memory_layout
 
-LANES = 16
+VECTOR_FLOATS = 16
 """Floats in the widest vector register that oneDNN works with."""
 
 
 def unsafe_in_channels_last(network: nn.Module) -> str | None:
     """The name of the first convolution in `network` that must not be trained in channels_last on a CPU; None if all may."""
     for name, module in network.named_modules():
-        if not isinstance(module, nn.Conv2d) or module.groups > 1 or module.in_channels >= LANES:
+        if not isinstance(module, nn.Conv2d) or module.groups > 1 or module.in_channels >= VECTOR_FLOATS:
             continue
         if set(module.kernel_size) == {1} and max(module.stride) > 1:
             return name or type(module).__name__
@@ -38,7 +38,7 @@ def training_layout(network: nn.Module, device: torch.device, channels_last: boo
     if unsafe is not None and channels_last:
         raise InputError(
             f"--channels-last is not safe on a CPU for this network: the gradient of {unsafe}, a 1x1 convolution with a stride "
-            f"above 1 and fewer than {LANES} input channels, can crash or be wrong there (oneDNN issue 6035)",
+            f"above 1 and fewer than {VECTOR_FLOATS} input channels, can crash or be wrong there (oneDNN issue 6035)",
             "Leave the option out, or write --contiguous.",
         )
     return memory_layout(channels_last is not False and unsafe is None)

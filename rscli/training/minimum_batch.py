@@ -38,7 +38,7 @@ def check_single_image_batches(resolved: Resolved, classifier: nn.Module, spec: 
             raise
         larger = next((size for size in range(batch + 1, images + 1) if smallest_step(images, size, m) > 1), None)
         raise InputError(
-            f"batch is {batch}, which leaves a single image of the {images} for a step, and batch normalisation in "
+            f"batch is {batch}, which leaves a single image of the {images} for one step, but batch normalisation in "
             f"{resolved.config.arch['name']} needs more than one",
             "Choose another architecture." if larger is None else f"Choose another batch: --set batch={larger}, for instance.",
         ) from cause

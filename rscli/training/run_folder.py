@@ -33,7 +33,7 @@ from rscli.training.checkpoint import check_data, check_position, check_seal, re
 
 IF_IT_CRASHED = (
     "After a crash in native code (exit code 134 or 139), try --contiguous, --workers 0, or another version of torch; "
-    "killed without a word (137), it was probably out of memory."
+    "killed silently (137), it probably ran out of memory."
 )
 
 
@@ -79,11 +79,11 @@ class RunFolder:
                 raise InputError(f"{self.path} is a file, not a folder for a run", "Choose another --out.")
             if self.model.exists():
                 hint = "Choose another --out."
-                raise InputError(f"{self.model} is there already, and no run in this folder wrote it", hint)
+                raise InputError(f"{self.model} already exists, and no run in this folder wrote it", hint)
             return None
         if not resume:
-            hint = "Add --resume to go on with it, choose another folder with --out, or remove this one."
-            raise InputError(f"{self.path} holds a training run already", hint)
+            hint = "Add --resume to continue it, choose another folder with --out, or remove this one."
+            raise InputError(f"{self.path} already holds a training run", hint)
         self._same(config)
         for torn in self.path.glob(".*.part"):  # what a kill in the middle of a write left behind
             torn.unlink(missing_ok=True)
@@ -97,8 +97,8 @@ class RunFolder:
     def at_work(self, progress: Progress) -> Iterator[None]:
         """While the body runs, the folder says that this process trains here; notes it if the one before has left no word."""
         if self.running.exists():
-            progress.note(f"the run before was killed, or crashed. {IF_IT_CRASHED}")
-        word = "If it is gone, it was killed, or crashed: go on with --resume."
+            progress.note(f"the previous run was killed, or crashed. {IF_IT_CRASHED}")
+        word = "If it is gone, it was killed, or crashed: continue with --resume."
         write_text(self.running, f"Process {os.getpid()} trains here. {word} {IF_IT_CRASHED}\n")
         try:
             yield
@@ -110,7 +110,7 @@ class RunFolder:
         try:
             sealed = seal(state)
         except TypeError as cause:
-            hint = "Callbacks and losses may keep tensors, text and plain Python numbers: float(x), not a number of numpy."
+            hint = "Callbacks and losses may keep tensors, text and plain Python numbers: float(x), not a NumPy number."
             raise PluginError(f"the state of the run cannot be saved: {cause}", hint) from cause
         content = BytesIO()  # writing to the disk itself, torch would say of a full one only that a position is unexpected
         torch.save(sealed, content)

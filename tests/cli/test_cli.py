@@ -120,7 +120,7 @@ def test_a_misspelt_option_suggests_the_nearest():
         (["train", "--preset", "digits-cons-0.3"], ["no preset 'digits-cons-0.3'", "digits-cons-0.25"]),
         (["train", "--config", "nowhere.toml"], ["no configuration file nowhere.toml"]),
         (["train"], ["data.name", "arch.name", "noise.sigma", "loss.name"]),
-        (["train", "--preset", "digits-cons-0.25", "--set", "epochs"], ["key=value"]),
+        (["train", "--preset", "digits-cons-0.25", "--set", "epochs"], ["KEY=VALUE"]),
         (["train", "--preset", "digits-cons-0.25", "--set", "loss.lambda=3"], ["loss.lambda"]),
         (["train", "--preset", "digits-cons-0.25", "--device", "abacus"], ["abacus", "rscli doctor"]),
         (["certify", "nowhere"], ["no model file nowhere"]),
@@ -144,7 +144,7 @@ def test_wrong_input_answers_2_and_says_what_to_do(arguments, said):
         (["--set", "loss.m=3"], ["--set loss.m is not a setting of certify"]),
         (["--set", "data.sise=3"], ["sise"]),
         (["--radii", "0.5,0.25"], ["--radii is '0.5,0.25'"]),
-        (["--start", "360"], ["--start 360"]),
+        (["--start", "360"], ["--start is 360"]),
         (["--split", "val"], ["val"]),
         (["--precision", "fp64"], ["fp64", "fp32, tf32, bf16"]),
     ],
@@ -194,9 +194,9 @@ def test_a_folder_without_permission_is_said_in_words(run, command):
 
 def test_a_run_is_not_overwritten(run):
     refused(
-        rscli("train", "--preset", "digits-gaussian-0.25", *QUICK, "--out", run), "holds a training run already", "--resume"
+        rscli("train", "--preset", "digits-gaussian-0.25", *QUICK, "--out", run), "already holds a training run", "--resume"
     )
-    refused(rscli("certify", run, "--n", 40, "--max", 4), "exists already", "--resume")
+    refused(rscli("certify", run, "--n", 40, "--max", 4), "already exists", "--resume")
 
 
 # --- --json, and stdout for nothing else ---

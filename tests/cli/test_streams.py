@@ -42,7 +42,7 @@ def test_an_answer_that_cannot_be_written_is_an_error_said_once(arguments, strea
     done = shell(arguments, streams)
     assert done.stderr.splitlines() == [
         f"error: cannot write the answer to stdout: {reason}",
-        "Send it to a place that can be written to.",
+        "Redirect stdout to a place that can be written to.",
     ]
     assert done.returncode == 1
 
@@ -141,7 +141,7 @@ except BaseException:  # as numpy and scipy do in places
 
 @pytest.mark.parametrize(
     ("number", "code", "said"),
-    [(signal.SIGINT, 130, "interrupted"), *((number, 75, "stopped: the") for number in STOPPING if number != signal.SIGINT)],
+    [(signal.SIGINT, 130, "interrupted"), *((number, 75, "stopped: run") for number in STOPPING if number != signal.SIGINT)],
 )
 @pytest.mark.parametrize("module", [WAITING, SWALLOWING], ids=["waiting", "swallowing"])
 def test_a_signal_while_modules_are_read_is_said_in_a_line(tmp_path, number, code, said, module):
@@ -180,7 +180,7 @@ with interrupts.heard(), replacing(Path({str(tmp_path / "file")!r})) as beside:
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert err.startswith("stopped: the same command")
+    assert err.startswith("stopped: run the same command")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -383,28 +383,28 @@ WRONG = {
         ["arch.name=zoo/tiny", "arch.kwargs.rate=nan"],
         "arch.kwargs.rate = NaN (--set): must be a finite number",
     ),
-    "unknown-here": (["loss.lambd=5"], "loss.lambd = 5 (--set): unknown key; did you mean loss.lbd?"),
-    "unknown-section": (["sigma=1"], "sigma = 1 (--set): unknown key; did you mean noise.sigma?"),
-    "unknown-lr": (["lr=0.1"], "lr = 0.1 (--set): unknown key; did you mean optimizer.lr?"),
-    "unknown-top": (["epoch=3"], "epoch = 3 (--set): unknown key; did you mean epochs?"),
-    "unknown-table": (["optimiser.lr=1"], "optimiser.lr = 1 (--set): unknown key; did you mean optimizer.lr?"),
-    "unknown-name": (["arch.nmae=x"], 'arch.nmae = "x" (--set): unknown key; did you mean arch.name?'),
+    "unknown-here": (["loss.lambd=5"], "loss.lambd = 5 (--set): unknown key. Did you mean 'loss.lbd'?"),
+    "unknown-section": (["sigma=1"], "sigma = 1 (--set): unknown key. Did you mean 'noise.sigma'?"),
+    "unknown-lr": (["lr=0.1"], "lr = 0.1 (--set): unknown key. Did you mean 'optimizer.lr'?"),
+    "unknown-top": (["epoch=3"], "epoch = 3 (--set): unknown key. Did you mean 'epochs'?"),
+    "unknown-table": (["optimiser.lr=1"], "optimiser.lr = 1 (--set): unknown key. Did you mean 'optimizer.lr'?"),
+    "unknown-name": (["arch.nmae=x"], "arch.nmae = \"x\" (--set): unknown key. Did you mean 'arch.name'?"),
     "unknown-nothing-near": (
         ["zzz=1"],
-        "zzz = 1 (--set): unknown key; the keys here are batch, callbacks, chunk, epochs, loggers, seed",
+        "zzz = 1 (--set): unknown key. The keys here are batch, callbacks, chunk, epochs, loggers, seed",
     ),
     "unknown-nothing-near-in-section": (
         ["attack.zzz=1"],
-        "attack.zzz = 1 (--set): unknown key; the keys here are attack.epsilon, attack.name, attack.steps",
+        "attack.zzz = 1 (--set): unknown key. The keys here are attack.epsilon, attack.name, attack.steps",
     ),
     "header-outside-a-file": (["preset.title=x"], None),
     "value-for-section": (["optimizer=3"], "optimizer = 3 (--set): is a section; write optimizer.name=NAME"),
     "value-for-plugin": (["loss=stability"], 'loss = "stability" (--set): is a section; write loss.name=NAME'),
-    "no-equals": (["epochs"], "--set 'epochs': must read key=value, such as --set loss.lbd=5"),
-    "empty-key": (["loss.=3"], "--set 'loss.=3': must read key=value, such as --set loss.lbd=5"),
+    "no-equals": (["epochs"], "--set 'epochs': must be KEY=VALUE, such as --set loss.lbd=5"),
+    "empty-key": (["loss.=3"], "--set 'loss.=3': must be KEY=VALUE, such as --set loss.lbd=5"),
     "variant-twice": (
         ["arch.name=zoo/tiny", "arch.model=big"],
-        "arch.model = \"big\" (--set): is said already by arch.name = 'zoo/tiny'; leave one out",
+        "arch.model = \"big\" (--set): is already given by arch.name = 'zoo/tiny'; leave one out",
     ),
     "variant-missing": (["arch.name=zoo"], "arch.model: is missing (a name from the zoo); write --set arch.model=VALUE"),
     "copies": (
@@ -445,7 +445,7 @@ def test_the_layer_of_a_wrong_value_is_its_file(tmp_path):
     file.write_text("[noise]\nsigma = -1\nsigmo = 1\n", encoding="utf-8")
     assert problems(config_file=file) == [
         f"noise.sigma = -1 ({file}): must be greater than 0",
-        f"noise.sigmo = 1 ({file}): unknown key; did you mean noise.sigma?",
+        f"noise.sigmo = 1 ({file}): unknown key. Did you mean 'noise.sigma'?",
     ]
 
 
@@ -507,7 +507,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match="there is no configuration file"):
         resolve(config_file=tmp_path / "absent.toml")
-    with pytest.raises(InputError, match="is no file, so it is no configuration"):
+    with pytest.raises(InputError, match="is not a file, so it cannot be a configuration"):
         resolve(config_file=tmp_path)
 
 

@@ -368,7 +368,7 @@ def test_kwargs_keep_their_types():
         pytest.param({"model": "resnet18.nowhere"}, CIFAR, "resnet18.nowhere.*nowhere", id="unknown-tag"),
         pytest.param({"model": "resnet18", "kwargs": {"flavour": 1}}, CIFAR, "'resnet18'.*'flavour'", id="unknown-kwarg"),
         pytest.param({"model": "resnet18", "kwargs": {"act_layer": "nope"}}, CIFAR, "'resnet18'.*nope", id="bad-kwarg"),
-        pytest.param({"model": "resnet18", "kwargs": {"features_only": True}}, CIFAR, "answers a list", id="not-logits"),
+        pytest.param({"model": "resnet18", "kwargs": {"features_only": True}}, CIFAR, "returned a list", id="not-logits"),
         pytest.param({"model": "resnet18", "kwargs": {"global_pool": ""}}, CIFAR, "refuses", id="no-pooling"),
         pytest.param({"model": "vit_tiny_patch16_224"}, (1, 8, 8), "refuses images of 1x8x8", id="smaller-than-a-patch"),
         pytest.param({"model": "vit_tiny_patch16_224", "kwargs": {"img_size": 64}}, CIFAR, "64", id="the-users-size-stays"),

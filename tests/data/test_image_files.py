@@ -119,7 +119,7 @@ def test_what_lies_about_in_folders_is_skipped_and_counted(tmp_path):
     assert list(found.paths) == kept
     assert found.skipped == Counter(
         {"hidden": 5, ".txt": 1, ".h5": 1, ".mpg": 1, ".eps": 1, ".db": 1, "without a suffix": 1}
-        | {"pipes or devices": 1, "broken links": 2, "linked folders that were read already": 1}
+        | {"pipes or devices": 1, "broken links": 2, "linked folders that were already read": 1}
     )
     assert skipped_text(found.skipped).startswith("15 files skipped (5 hidden, 2 broken links, ")
     assert has_images(tmp_path)

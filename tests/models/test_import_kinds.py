@@ -78,7 +78,7 @@ def test_of_plain_weights_and_a_moving_average_the_plain_are_taken_and_both_name
     plain = load_model(bring(tmp_path / "c.pth", said, normalization="none").model)
     assert same(plain, network(RESNET8, seed=0))
     (line,) = said.warnings
-    assert "has EMA weights as well" in line
+    assert "also has EMA weights" in line
     assert "--ema" in line
     assert same(imported(tmp_path / "c.pth", ema=True), network(RESNET8, seed=1))
 
@@ -87,7 +87,7 @@ def test_a_moving_average_alone_is_taken_and_its_absence_is_named(tmp_path):
     torch.save({"model_ema": state(1)}, tmp_path / "c.pth")
     said = Listening()
     assert same(load_model(bring(tmp_path / "c.pth", said, normalization="none").model), network(RESNET8, seed=1))
-    assert "which are all it has" in said.warnings[0]
+    assert "the only weights in it" in said.warnings[0]
     (tmp_path / "model.safetensors").unlink()
     torch.save({"model": state(0)}, tmp_path / "c.pth")
     assert "no EMA weights" in refused(tmp_path / "c.pth", ema=True).message
@@ -298,7 +298,7 @@ KINDS = {
     "empty": (b"", "empty", "again"),
     "tar": (archived("tar"), "a tar archive", "Unpack"),
     "zip": (archived("zip"), "a zip archive of weights/c.pth", "Unpack"),
-    "gzip": (archived("gzip"), "packed by gzip", "Unpack"),
+    "gzip": (archived("gzip"), "compressed (gzip)", "Unpack"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file", "torch.save"),
     "numpy": (b"\x93NUMPY\1\0", "a numpy array", "torch.save"),
     "index": (
@@ -316,7 +316,7 @@ KINDS = {
 def test_what_is_no_checkpoint_is_called_what_it_is(kind, name, tmp_path):
     content, says, leads = KINDS[kind]
     if (kind, name) == ("text", "c.safetensors"):
-        says, leads = "not a whole safetensors file", "again"
+        says, leads = "not a complete safetensors file", "again"
     (tmp_path / name).write_bytes(content)
     error = refused(tmp_path / name)
     assert says in error.message

@@ -161,17 +161,17 @@ def answers(path: Path, *said: str) -> None:
 def test_a_truncated_file_is_refused(written, tmp_path, share):
     data = written.read_bytes()
     (tmp_path / "m").write_bytes(data[: int(len(data) * share)])
-    answers(tmp_path / "m", "is not a whole safetensors file", "truncated")
+    answers(tmp_path / "m", "is not a complete safetensors file", "truncated")
 
 
 def test_a_file_with_something_behind_its_end_is_refused(written, tmp_path):
     (tmp_path / "m").write_bytes(written.read_bytes() + b"\0")
-    answers(tmp_path / "m", "is not a whole safetensors file")
+    answers(tmp_path / "m", "is not a complete safetensors file")
 
 
 def test_a_text_file_and_a_checkpoint_of_torch_are_refused(tmp_path):
     (tmp_path / "text").write_text("idx\tlabel\n" * 50)
-    answers(tmp_path / "text", "of another kind")
+    answers(tmp_path / "text", "another kind of file")
     torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, tmp_path / "model.pt")
     answers(tmp_path / "model.pt", "torch.save")
 
@@ -184,7 +184,7 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path):
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["none", "of-another-tool"])
 def test_a_safetensors_file_of_another_tool_is_refused(tmp_path, metadata):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "m", metadata=metadata)
-    answers(tmp_path / "m", "not one of rscli's")
+    answers(tmp_path / "m", "not a model file of rscli")
 
 
 def test_one_changed_bit_of_the_weights_is_noticed(written, tmp_path):
@@ -241,7 +241,7 @@ def test_a_description_that_is_no_json_is_refused(written, tmp_path):
 
 def test_a_newer_format_asks_for_an_update(written, tmp_path):
     with_card(written, tmp_path / "m", lambda card: {**card, "format": 3, "something_new": True})
-    answers(tmp_path / "m", "has format 3", "reads up to 2", "Update rscli.")
+    answers(tmp_path / "m", "has format 3", "reads formats up to 2", "Update rscli.")
 
 
 def test_a_plugin_that_is_missing_is_named_with_its_package(tmp_path):

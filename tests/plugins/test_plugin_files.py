@@ -103,10 +103,10 @@ def test_a_name_that_a_package_has_too_is_solved_as_between_packages(tmp_path):
     {
         "no-such-file": ("none.py", None, "must be a Python file"),
         "another-ending": ("loss.txt", PARTS, "must be a Python file"),
-        "no-plugin": ("empty.py", "x = 1\nfrom rscli.api import NoisyLoss\n", "holds no plugin"),
-        "syntax": ("torn.py", "x = 1\nclass (\n", "line 2 does not run: SyntaxError"),
-        "raises": ("sad.py", "x = 1\n\nraise KeyError('y')\n", "line 3 does not run: KeyError: 'y'"),
-        "exits": ("exit.py", "raise SystemExit(3)\n", "line 1 does not run: SystemExit: 3"),
+        "no-plugin": ("empty.py", "x = 1\nfrom rscli.api import NoisyLoss\n", "defines no plugin"),
+        "syntax": ("torn.py", "x = 1\nclass (\n", "line 2 fails to run: SyntaxError"),
+        "raises": ("sad.py", "x = 1\n\nraise KeyError('y')\n", "line 3 fails to run: KeyError: 'y'"),
+        "exits": ("exit.py", "raise SystemExit(3)\n", "line 1 fails to run: SystemExit: 3"),
         "older-contract": (
             "old.py",
             PARTS.replace("m: int", "api_version = 1\n    m: int"),
@@ -117,7 +117,7 @@ def test_a_name_that_a_package_has_too_is_solved_as_between_packages(tmp_path):
             PARTS.replace("m: int", "api_version = 3\n    m: int"),
             "written for version 3 of rscli.api",
         ),
-        "missing-import": ("needs.py", "import no_such_package\n", "line 1 does not run: ModuleNotFoundError"),
+        "missing-import": ("needs.py", "import no_such_package\n", "line 1 fails to run: ModuleNotFoundError"),
     }.values(),
 )
 def test_a_file_that_cannot_be_used_is_one_message(tmp_path, name, text, said):
@@ -165,7 +165,7 @@ def test_train_certify_and_predict_with_one_file(file, tmp_path):
     file.write_text(PARTS + "\n# changed\n")
     changed = run("certify", tmp_path / "run", "--n", "100", "--max", "3", "--out", tmp_path / "other.tsv", "--plugin", file)
     assert changed.exit_code == 2
-    assert "another one" in changed.stderr
+    assert "a different one" in changed.stderr
     assert not list(tmp_path.glob("other*"))
 
 

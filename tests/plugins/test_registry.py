@@ -69,7 +69,7 @@ def test_core_plugins_of_every_kind_are_found_and_load(kind):
 def test_a_plugin_of_another_contract_says_which_side_to_update(module, version, advice):
     module.Old = type("Old", (Good,), {"api_version": version, "__module__": "their_plugins"})
     with pytest.raises(
-        PluginError, match=f"written for version {version} of rscli.api, and this is version {API_VERSION}"
+        PluginError, match=f"written for version {version} of rscli.api, but this is version {API_VERSION}"
     ) as caught:
         load_entry(entry(target="their_plugins:Old"))
     assert advice in caught.value.hint

@@ -87,7 +87,7 @@ CERTIFIERS = {
     "plan-zero": ("    def plan(self, counts, question): return Plan(0, (0, 5))", "look = 0"),
     "plan-fraction": ("    def plan(self, counts, question): return Plan(0, (2.5,))", "look = 2.5"),
     "plan-too-many": ("    def plan(self, counts, question): return Plan(0, (self.n + 1,))", "look = 101"),
-    "plan-looks-text": ("    def plan(self, counts, question): return Plan(0, '5')", "no Plan with looks"),
+    "plan-looks-text": ("    def plan(self, counts, question): return Plan(0, '5')", "not a Plan with looks"),
     "decide-text": ("    def decide(self, counts, n, plan): return 'cat'", "decide returned 'cat'"),
     "decide-never": ("    def decide(self, counts, n, plan): return None", "did not decide at its last look (100)"),
     "decide-raises": ("    def decide(self, counts, n, plan): return counts['x']", "failed in decide: IndexError"),
@@ -169,7 +169,7 @@ NOISES = {
     "probability-below-half": ("    def probability(self, radius): return 0.3", "gave 0.3 for the radius 0.25"),
     "probability-above-one": ("    def probability(self, radius): return 2.0", "gave 2.0"),
     "probability-none": ("    def probability(self, radius): return None", "a threshold = None"),
-    "sample-array": ("    def sample(self, shape, **_): return np.zeros(shape)", "which is no tensor"),
+    "sample-array": ("    def sample(self, shape, **_): return np.zeros(shape)", "which is not a tensor"),
     "sample-shape": (
         "    def sample(self, shape, **_):\n        import torch\n        return torch.zeros(shape[1:])",
         "returned noise of (3, 4)",

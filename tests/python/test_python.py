@@ -287,7 +287,7 @@ REFUSED: dict[str, tuple[Callable[[rscli.SmoothedClassifier], object], str]] = {
     "no-pixels": (lambda m: m.certify(torch.empty(2, 1, 0, 4)), "image 0"),
     "texts": (lambda m: m.certify(np.array([["a", "b"], ["c", "d"]])), "image"),
     "path": (lambda m: m.certify("x.png"), r"one path.*Write \[path\]"),
-    "paths": (lambda m: m.certify([Path("x.png")]), "does not say how files become images"),
+    "paths": (lambda m: m.certify([Path("x.png")]), "has no transform"),
     "duplicate-indices": (lambda m: m.certify(GOOD, indices=[3, 3]), "Give each image an index of its own"),
     "too-few-indices": (lambda m: m.certify(GOOD, indices=[3]), "1 indices for 2 images"),
     "negative-index": (lambda m: m.certify(GOOD, indices=[-1, 0]), "0 or more"),
@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[Callable[[rscli.SmoothedClassifier], object], str]] = {
     "alpha": (lambda m: m.certify(GOOD, alpha=2.0), "alpha = 2"),
     "certifier": (lambda m: m.certify(GOOD, certifier="cohan"), "cohan"),
     "setting": (lambda m: m.certify(GOOD, speed=3), "speed"),
-    "radii": (lambda m: m.certify(GOOD, radii=[0.5]), "as large a radius as it can"),
+    "radii": (lambda m: m.certify(GOOD, radii=[0.5]), "the largest radius that it can"),
     "device": (lambda m: m.certify(GOOD, n=100, device="gpux"), "gpux"),
     "precision": (lambda m: m.certify(GOOD, n=100, precision="int3"), "int3"),
     "vote": (lambda m: m.predict(GOOD, n=2), "unanimous vote"),
@@ -322,7 +322,7 @@ def test_bad_input_is_one_clear_message(what):
 
 
 def test_a_known_shape_refuses_other_images(run):
-    with pytest.raises(InputError, match=r"image 0 has the shape \(1, 4, 4\), and must have \(1, 28, 28\)"):
+    with pytest.raises(InputError, match=r"image 0 has the shape \(1, 4, 4\), but must have \(1, 28, 28\)"):
         rscli.load(run).certify(GOOD)
 
 

@@ -266,7 +266,7 @@ def test_without_two_seeds_on_either_side_nobody_knows(tmp_path):
     alone = published(paths[0])
     (found,) = alone.published
     assert (found.spread, found.margin, found.within) == (None, 0, None)
-    assert any("nobody knows the spread over seeds" in note for note in alone.notes)
+    assert any("the spread over seeds is unknown" in note for note in alone.notes)
     together = beside(*paths)
     assert together.spread == pytest.approx(0.001 / math.sqrt(2) * math.sqrt(1 / 2 + 1))
     assert together.within is False  # 0.7105 beside 0.7195
@@ -301,7 +301,7 @@ def test_another_protocol_is_never_within(tmp_path, protocol, said):
     (found,) = comparison.published
     assert (found.protocol, found.within) == ((said,), None)
     assert any(said in note for note in comparison.notes)
-    (row,) = next(table for table in tables(comparison) if table.title == "Beside the published figures").rows
+    (row,) = next(table for table in tables(comparison) if table.title == "Comparison with the published figures").rows
     assert (row[4].text, row[4].detail) == ("other protocol", said)
     assert row[1].text.startswith("≥") == (said == "only given radii decided")
 
@@ -321,11 +321,11 @@ def test_another_protocol_is_never_within(tmp_path, protocol, said):
         ),
         ({"info": {"preset": "theirs"}}, "the preset that it records is unavailable: there is no preset 'theirs'"),
         ({"info": {"preset": "digits-cons-0.25"}}, "the preset digits-cons-0.25 reproduces no published row"),
-        ({"split": "train"}, "they are of the split test, this is train"),
+        ({"split": "train"}, "they are for the split test, and this is train"),
         ({"info": {"overrides": {"noise.name": "uniform"}}}, "it departs from the preset mnist-cons-0.5 in noise.name"),
         (
             {"info": {"preset": None, "loss": None}},
-            "it does not record a preset; --reproduces PRESET names the one that it is to be held against",
+            "it does not record a preset; --reproduces PRESET names the one to compare it with",
         ),
     ],
     ids=["sigma", "attack", "loss", "network", "no-preset", "no-row", "split", "noise", "imported"],
@@ -333,22 +333,22 @@ def test_another_protocol_is_never_within(tmp_path, protocol, said):
 def test_no_row_is_said_with_its_reason(tmp_path, changed, why):
     comparison = published(write(tmp_path / "a.tsv", constant(range(20), 1.0), **changed))
     assert comparison.published == ()
-    assert comparison.notes == (f"a: no published figures beside it: {why}",)
+    assert comparison.notes == (f"a: no published figures: {why}",)
 
 
 def test_a_file_without_protocol_has_no_row(tmp_path):
     path = write(tmp_path / "a.tsv", constant(range(20), 1.0))
     path.with_name("a.tsv.protocol.json").unlink()
-    assert recipe(read_results(path)) == "no protocol lies beside the file"
+    assert recipe(read_results(path)) == "there is no protocol beside the file"
 
 
 def test_other_images_are_said_in_the_row_and_in_a_note(tmp_path):
     paths = [write(tmp_path / f"{name}.tsv", constant(range(200), 1.6), loss=loss) for name, loss in METHODS.items()]
     comparison = published(*paths)
-    rows = next(table for table in tables(comparison) if table.title == "Beside the published figures").rows
+    rows = next(table for table in tables(comparison) if table.title == "Comparison with the published figures").rows
     assert [(row[5].text, row[5].detail) for row in rows] == [("200", "200 of their 500")] * 2
     (note,) = comparison.notes
-    assert note.startswith("a, b: 200 images, the published figures are of 500 (200 shared)")
+    assert note.startswith("a, b: 200 images, but the published figures are on 500 (200 shared)")
 
 
 METHODS = {"a": GAUSSIAN, "b": CONSISTENCY}
@@ -418,6 +418,6 @@ def test_the_command(tmp_path):
     path = str(write(tmp_path / "a.tsv", constant(range(200), 1.6)))
     answer = CliRunner().invoke(app, [path, "--published"])
     assert answer.exit_code == 0
-    assert "Beside the published figures" in answer.stdout
-    assert "200 images, the published figures are of 500" in " ".join(answer.stderr.split())
+    assert "Comparison with the published figures" in answer.stdout
+    assert "200 images, but the published figures are on 500" in " ".join(answer.stderr.split())
     assert "published" not in CliRunner().invoke(app, [path]).stdout

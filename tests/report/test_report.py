@@ -180,7 +180,7 @@ def test_only_common_images_count_and_a_note_says_so(tmp_path):
     assert comparison.summaries[0].acr == pytest.approx(0.85 / 3)
     (note,) = comparison.notes
     assert "5 (a), 4 (b)" in note
-    assert "the 3 that all have" in note
+    assert "the 3 that all share" in note
 
 
 def test_the_order_of_lines_does_not_matter(tmp_path):
@@ -245,8 +245,8 @@ def test_another_sigma_is_what_one_compares(pair):
 def test_files_without_a_protocol_count_as_unknown(tmp_path):
     comparison = compared(write(tmp_path / "a.tsv"), foreign(tmp_path / "b.tsv", B))
     assert [note.split(":")[0] for note in comparison.notes] == [
-        "n and alpha are unknown where no protocol lies beside the file",
-        "radii were shortened to three digits, some of them upwards, in b",
+        "n and alpha are unknown for files without a protocol",
+        "radii are rounded to three digits, some of them up, in b",
     ]
     theirs = comparison.summaries[1]
     assert (theirs.n, theirs.alpha, theirs.samples, theirs.saturated, theirs.may_be_wrong) == (None,) * 5
@@ -409,7 +409,10 @@ def test_the_same_certifier_of_another_package_is_told_and_its_rows_are_not_reco
     paths = [write(tmp_path / f"{i}.tsv", certifier={"name": "cohen", "package": i}) for i in ("first", "second")]
     notes = compared(*paths).notes
     assert notes[-1] == "package of cohen: first (first); second (second)"
-    assert all("its rows are not recomputed" in note and "no installed package provides" in note for note in notes[:-1])
+    assert all(
+        "its rows are not checked by recomputing them" in note and "no installed package provides" in note
+        for note in notes[:-1]
+    )
     assert len(notes) == 3
 
 
@@ -557,7 +560,7 @@ def test_accuracies_are_rounded_to_nearest_and_radii_are_cut(tmp_path):
     protocol = dict(zip(found[1].header, (cell.text for cell in found[1].rows[0]), strict=True))
     assert protocol["largest radius"] == "1.236"
     assert protocol["samples"] == "3,300"
-    assert protocol["may be wrong"] == "≤ 1"
+    assert protocol["false certificates"] == "≤ 1"
 
 
 @pytest.mark.parametrize(("radius", "text"), [(0.25, "0.25"), (1.0, "1.00"), (0.3333, "0.3333"), (0.125, "0.125")])

@@ -75,16 +75,16 @@ def drop(text: str, column: int) -> str:
         (PLAIN.replace("\t1\t15", "\tTrue\t15").replace("\t0\t7", "\tFalse\t7"), "True and False for 1 and 0 (lines: 2)"),
         (PLAIN.replace("0.0\t0", "-1.0\t0"), "a radius of -1 for an abstention (lines: 1)"),
         (PLAIN.replace("0.0\t0", "-1\t0").replace("\t-1\t", "\t2\t", 1), "a radius of -1 for an abstention (lines: 1)"),
-        (PLAIN.replace("\n", "\r\n"), "line ends of Windows (CRLF)"),
-        (PLAIN.replace("\n", "\r"), "line ends of another system (CR)"),
+        (PLAIN.replace("\n", "\r\n"), "Windows line endings (CRLF)"),
+        (PLAIN.replace("\n", "\r"), "CR line endings"),
         ("\ufeff" + PLAIN, "byte order mark"),
         (PLAIN.encode("utf-16"), "UTF-16"),
-        ("\ufeff" + PLAIN.replace("\n", "\r\n"), "byte order mark and has line ends of Windows"),
+        ("\ufeff" + PLAIN.replace("\n", "\r\n"), "byte order mark and has Windows line endings"),
         ("\n".join("\t".join(f'"{c}"' for c in line.split("\t")) for line in PLAIN.strip().split("\n")), "quotation marks"),
         (PLAIN.replace(".", ","), "decimal commas (lines: 2)"),
         (PLAIN.replace(".", ",").replace("\t", ";"), "columns separated by semicolons; decimal commas"),
         (PLAIN.replace("\t", ","), "columns separated by commas"),
-        (PLAIN.replace("\t", "  "), "columns separated by blanks"),
+        (PLAIN.replace("\t", "  "), "columns separated by spaces"),
         (PLAIN.replace("\n", "\t\t \n") + "\t\t\n\n", None),
         (PLAIN.replace("0\t3\t3\t", "0.0\t3.0\t3.0\t"), "whole numbers with a decimal point (lines: 1)"),
         (PLAIN.replace("\t3\t3\t", "\ttensor(3)\ttensor(3, device='cuda:0')\t"), "tensor(...) around numbers (lines: 1)"),
@@ -176,7 +176,7 @@ def test_line_ends_and_marks_are_read_and_repaired(tmp_path, change):
     assert found.idx.tolist() == [0, 5]
     assert "read as such" in found.notes[0]
     with ResultWriter.resume(path, PROTOCOL) as writer:
-        assert "they are repaired" in writer.notes[-1]
+        assert "this is repaired" in writer.notes[-1]
         assert writer.rows == OURS
     assert path.read_bytes() == before
     assert sorted(one.name for one in tmp_path.iterdir()) == ["r.tsv", "r.tsv.protocol.json"]
@@ -186,7 +186,7 @@ def test_line_ends_and_marks_are_read_and_repaired(tmp_path, change):
 def test_nothing_is_repaired_under_another_protocol(tmp_path, change):
     ours(path := tmp_path / "r.tsv", change)
     before = path.read_bytes()
-    with pytest.raises(InputError, match="begun with another protocol"):
+    with pytest.raises(InputError, match="started under another protocol"):
         ResultWriter.resume(path, {**PROTOCOL, "n": 2000})
     assert path.read_bytes() == before
 

@@ -45,7 +45,7 @@ def test_of_two_processes_with_other_options_exactly_one_begins(tmp_path, links)
             said.append(ear.recv())
         assert said.count("") == 1, said
         winner = said.index("")
-        assert f"begun with another protocol:\n  {key} was " in said[1 - winner]
+        assert f"started under another protocol:\n  {key} was " in said[1 - winner]
         path = tmp_path / f"{place}.tsv"
         assert read_protocol(path)[key] == protocols[winner][place][key]
         assert read_results(path).idx.tolist() == [winner + 1]

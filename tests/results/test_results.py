@@ -170,7 +170,7 @@ def test_a_row_is_in_the_file_as_soon_as_it_is_appended(tmp_path):
 def test_an_existing_file_is_not_overwritten(tmp_path):
     before = written(path := tmp_path / "r.tsv")
     protocol = protocol_path(path).read_bytes()
-    with pytest.raises(InputError, match="exists already") as caught:
+    with pytest.raises(InputError, match="already exists") as caught:
         ResultWriter.create(path, {**PROTOCOL, "sigma": 9.0})
     assert "--resume" in caught.value.hint
     assert "--out" in caught.value.hint
@@ -219,7 +219,7 @@ def test_a_broken_line_before_the_last_is_not_repaired(tmp_path):
 def test_an_image_twice_is_an_error_on_resume(tmp_path):
     whole = written(path := tmp_path / "r.tsv")
     path.write_bytes(whole + format_row(ROWS[1]).encode())
-    with pytest.raises(InputError, match="line 6: image 0 is in an earlier line"):
+    with pytest.raises(InputError, match="line 6: image 0 is already on an earlier line"):
         ResultWriter.resume(path, PROTOCOL)
 
 
@@ -239,7 +239,7 @@ def test_another_protocol_is_refused_with_every_difference(tmp_path):
 def test_what_differs_in_info_is_only_noted(tmp_path):
     written(path := tmp_path / "r.tsv")
     with ResultWriter.resume(path, {**PROTOCOL, "info": {"versions": {"torch": "2.7"}, "max": 500}}) as writer:
-        assert writer.notes == ['r.tsv, since it was begun: versions.torch was "2.6", is now "2.7"']
+        assert writer.notes == ['r.tsv, since it was started: versions.torch was "2.6", is now "2.7"']
     assert json.loads(protocol_path(path).read_text()) == signed(PROTOCOL)
 
 
@@ -342,7 +342,7 @@ def test_a_run_that_goes_on_is_read_without_its_torn_line(tmp_path):
     path.write_bytes(whole[:-2])
     found = read_results(path)
     assert found.idx.tolist() == [7, 0, 3]
-    assert "not whole" in found.notes[0]
+    assert "incomplete" in found.notes[0]
 
 
 @pytest.mark.parametrize(

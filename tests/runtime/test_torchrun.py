@@ -59,7 +59,7 @@ def test_one_process_is_alone_without_a_word(environment):
 def test_a_leftover_rank_is_ignored_with_a_note(rank):
     found = launched({"RANK": rank, "WORLD_SIZE": ""})
     assert (found.rank, found.world) == (0, 1)
-    assert f"RANK is {rank!r}, but WORLD_SIZE is not set: ignored" in (found.note or "")
+    assert f"RANK is {rank!r}, but WORLD_SIZE is not set: RANK is ignored" in (found.note or "")
 
 
 TEXTS = st.none() | st.sampled_from(["", " ", "0", "1", "2", "3", "29500", *ODD]) | st.text(max_size=5)
@@ -118,7 +118,7 @@ def test_two_processes_meet(monkeypatch, port):
 
 
 @pytest.mark.parametrize(
-    ("rank", "what"), [(0, "1 of 2 processes to come to 127.0.0.1:"), (1, "the first of 2 processes, at 127.0.0.1:")]
+    ("rank", "what"), [(0, "1 of 2 processes to join at 127.0.0.1:"), (1, "the first of 2 processes, at 127.0.0.1:")]
 )
 def test_who_waits_in_vain_says_for_what_and_gives_up(monkeypatch, port, rank, what):
     surroundings(monkeypatch, port, rank)
@@ -147,7 +147,7 @@ def test_a_port_that_is_taken(monkeypatch):
         taken.bind(("", 0))
         taken.listen()
         surroundings(monkeypatch, taken.getsockname()[1], 0)
-        with pytest.raises(InputError, match=r"cannot listen at the port MASTER_PORT = \d+: Address already in use"):
+        with pytest.raises(InputError, match=r"cannot listen on the port MASTER_PORT = \d+: Address already in use"):
             join(print, StopRequest())
 
 

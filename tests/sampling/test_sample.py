@@ -38,8 +38,8 @@ def model(images: torch.Tensor) -> torch.Tensor:
     return torch.stack([-(mean - centre).abs() for centre in (0.2, 0.5, 0.8)], -1)
 
 
-def sampler(batch: int, seed: int = 0, classifier=model, lanes: int = 1) -> Sampler:
-    return Sampler(classifier, gaussian(), CLASSES, seed=seed, batch=batch, device=CPU, lanes=lanes)
+def sampler(batch: int, seed: int = 0, classifier=model, parallel: int = 1) -> Sampler:
+    return Sampler(classifier, gaussian(), CLASSES, seed=seed, batch=batch, device=CPU, parallel=parallel)
 
 
 def image(key: int) -> torch.Tensor:
@@ -62,10 +62,10 @@ class Looker(Certifier):
         return None
 
 
-def run(batch: int, keys, certifier=None, seed: int = 0, lanes: int = 1):
+def run(batch: int, keys, certifier=None, seed: int = 0, parallel: int = 1):
     certifier = certifier or Looker(n0=7)
     wanted = [CertifierRequest(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in keys]
-    done = list(sampler(batch, seed, lanes=lanes).run(wanted))
+    done = list(sampler(batch, seed, parallel=parallel).run(wanted))
     return {request.key: (request.n, request.counts.tolist(), request.plan.candidate) for request in done}
 
 
@@ -84,13 +84,13 @@ def brute_force(key: int, certifier: Looker, seed: int = 0):
     raise AssertionError
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 5])
+@pytest.mark.parametrize("parallel", [1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 13, 64, 256, 1000])
-def test_counts_are_those_of_plain_counting_for_every_batch_size_and_number_of_lanes(batch, lanes):
-    assert run(batch, range(9), lanes=lanes) == {key: brute_force(key, Looker(n0=7)) for key in range(9)}
+def test_counts_are_those_of_plain_counting_for_every_batch_size_and_number_of_parallel_batches(batch, parallel):
+    assert run(batch, range(9), parallel=parallel) == {key: brute_force(key, Looker(n0=7)) for key in range(9)}
 
 
-def test_a_lane_that_is_slow_changes_nothing():
+def test_a_worker_that_is_slow_changes_nothing():
     """Batches end in another order than they began; they are counted in the order in which they were filled."""
     source, lock = random.Random(0), threading.Lock()
 
@@ -101,39 +101,43 @@ def test_a_lane_that_is_slow_changes_nothing():
         return model(images)
 
     wanted = [CertifierRequest(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
-    done = [(request.key, request.counts.tolist()) for request in sampler(32, classifier=slow, lanes=3).run(wanted)]
+    done = [(request.key, request.counts.tolist()) for request in sampler(32, classifier=slow, parallel=3).run(wanted)]
     assert dict(done) == {key: brute_force(key, Looker(n0=7))[1] for key in range(9)}
     wanted = [CertifierRequest(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
-    assert done == [(i.key, i.counts.tolist()) for i in sampler(32, lanes=3).run(wanted)], "the order depends on the pauses"
+    assert done == [(i.key, i.counts.tolist()) for i in sampler(32, parallel=3).run(wanted)], "the order depends on the pauses"
 
 
-def test_lanes_share_the_threads_and_give_them_back():
+def test_workers_share_the_threads_and_give_them_back():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     seen: set[tuple[str, int]] = set()
 
     def watching(images: torch.Tensor) -> torch.Tensor:
         seen.add((threading.current_thread().name, torch.get_num_threads()))
-        time.sleep(0.001)  # so that every lane gets a batch
+        time.sleep(0.001)  # so that every worker gets a batch
         return model(images)
 
     try:
         wanted = [CertifierRequest(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
-        assert len(list(sampler(16, classifier=watching, lanes=2).run(wanted))) == 9
-        assert seen == {("lane_0", 2), ("lane_1", 2)}
+        assert len(list(sampler(16, classifier=watching, parallel=2).run(wanted))) == 9
+        assert seen == {("sampler_0", 2), ("sampler_1", 2)}
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sampler")]
 
 
-def test_a_lane_that_fails_ends_the_run_and_no_thread_is_left():
+def test_a_worker_that_fails_ends_the_run_and_no_thread_is_left():
     def failing(images: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        list(sampler(16, classifier=failing, lanes=3).run([CertifierRequest(Looker(), Question(CLASSES), 0, lambda: image(0))]))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lane")]
+        list(
+            sampler(16, classifier=failing, parallel=3).run(
+                [CertifierRequest(Looker(), Question(CLASSES), 0, lambda: image(0))]
+            )
+        )
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sampler")]
 
 
 def test_order_and_company_of_an_image_change_nothing():
@@ -189,12 +193,12 @@ class Drawing:
         return self.gaussian.apply(images, noise, **where)
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_a_block_whose_samples_are_wanted_bit_by_bit_is_drawn_once(lanes):
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_a_block_whose_samples_are_wanted_bit_by_bit_is_drawn_once(parallel):
     certifier = Looker(n0=7, looks=tuple(range(10, 200, 10)), enough=1000)
     for images, batch in ((1, 64), (4, 48)):
         noise = Drawing()
-        sampling = Sampler(model, noise, CLASSES, seed=0, batch=batch, device=CPU, lanes=lanes)
+        sampling = Sampler(model, noise, CLASSES, seed=0, batch=batch, device=CPU, parallel=parallel)
         wanted = [CertifierRequest(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(images)]
         assert len(list(sampling.run(wanted))) == images
         assert noise.blocks == images * -(-197 // BLOCK)
@@ -209,11 +213,11 @@ def test_kept_noise_is_bounded_and_gone_in_the_end():
     assert not sampling._blocks
 
 
-def test_many_lanes_draw_no_block_twice():
-    """Each has images open whose looks are small: more lanes keep more of the noise that is left over."""
+def test_many_workers_draw_no_block_twice():
+    """Each has images open whose looks are small: more in parallel keep more of the noise that is left over."""
     certifier = Looker(n0=30, looks=tuple(range(30, 160, 30)), enough=1000)
     noise = Drawing()
-    sampling = Sampler(model, noise, CLASSES, seed=0, batch=64, device=CPU, lanes=8)
+    sampling = Sampler(model, noise, CLASSES, seed=0, batch=64, device=CPU, parallel=8)
     wanted = [CertifierRequest(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(40)]
     assert len(list(sampling.run(wanted))) == 40
     assert noise.blocks == 40 * 3
@@ -233,10 +237,10 @@ class Small:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_out_of_memory_halves_the_batch_and_loses_nothing(lanes, error):
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_out_of_memory_halves_the_batch_and_loses_nothing(parallel, error):
     small = Small(20, error)
-    sampling = sampler(100, classifier=small, lanes=lanes)
+    sampling = sampler(100, classifier=small, parallel=parallel)
     wanted = [CertifierRequest(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key)) for key in range(9)]
     done = {request.key: (request.n, request.counts.tolist(), request.plan.candidate) for request in sampling.run(wanted)}
     assert done == {key: brute_force(key, Looker(n0=7)) for key in range(9)}
@@ -244,10 +248,10 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(lanes, error):
     assert set(small.shapes) == {13}
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_batches_handed_out_before_another_lane_ran_out_of_memory_are_cut_too(lanes):
-    certifier = Looker(n0=700, looks=(900,), enough=1)  # every lane has a full batch, and one more waits
-    sampling = sampler(100, classifier=Small(20), lanes=lanes)
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_batches_handed_out_before_another_worker_ran_out_of_memory_are_cut_too(parallel):
+    certifier = Looker(n0=700, looks=(900,), enough=1)  # every worker has a full batch, and one more waits
+    sampling = sampler(100, classifier=Small(20), parallel=parallel)
     wanted = [CertifierRequest(certifier, Question(CLASSES), key, lambda key=key: image(key)) for key in range(3)]
     done = {request.key: request.counts.tolist() for request in sampling.run(wanted)}
     assert done == {key: brute_force(key, certifier)[1] for key in range(3)}
@@ -259,8 +263,8 @@ def test_out_of_memory_with_a_single_sample_is_an_error():
         list(sampler(4, classifier=Small(0)).run([CertifierRequest(Looker(n0=7), Question(CLASSES), 0, lambda: image(0))]))
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_open_images_do_not_grow_with_the_number_of_images(lanes):
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_open_images_do_not_grow_with_the_number_of_images(parallel):
     opened, most = [0], [0]
 
     def requests():
@@ -270,10 +274,10 @@ def test_open_images_do_not_grow_with_the_number_of_images(lanes):
             yield CertifierRequest(Looker(n0=7), Question(CLASSES), key, lambda key=key: image(key))
 
     finished = [0]
-    for _ in sampler(32, lanes=lanes).run(requests()):
+    for _ in sampler(32, parallel=parallel).run(requests()):
         finished[0] += 1
     assert finished[0] == 500
-    assert most[0] <= (lanes + 1) * (32 if lanes == 1 else 4 * 32) + 2  # a lane gets four small batches at a time
+    assert most[0] <= (parallel + 1) * (32 if parallel == 1 else 4 * 32) + 2  # a worker gets four small batches at a time
 
 
 def test_stop_draws_nothing_more():
@@ -284,9 +288,9 @@ def test_stop_draws_nothing_more():
     assert sampling.samples <= 32
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_a_run_knows_nothing_of_one_that_was_stopped_or_failed(lanes):
-    sampling = sampler(32, lanes=lanes)
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_a_run_knows_nothing_of_one_that_was_stopped_or_failed(parallel):
+    sampling = sampler(32, parallel=parallel)
     certifier = Looker(n0=7)
 
     def wanted(keys):

@@ -63,12 +63,19 @@ class Priced(nn.Module):
     def sampler(self, choice: Choice) -> Sampler:
         gaussian = installed().build("noises", {"name": "gaussian", "sigma": 0.5})
         return Sampler(
-            self, gaussian, 3, seed=0, batch=choice.batch, device=CPU, channels_last=choice.channels_last, lanes=choice.lanes
+            self,
+            gaussian,
+            3,
+            seed=0,
+            batch=choice.batch,
+            device=CPU,
+            channels_last=choice.channels_last,
+            parallel=choice.parallel,
         )
 
-    def tuned(self, monkeypatch, *, batch=None, channels_last=None, lanes=1) -> Choice:
+    def tuned(self, monkeypatch, *, batch=None, channels_last=None, parallel=1) -> Choice:
         monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        return tune.tune(self.sampler, CPU, SHAPE, batch=batch, channels_last=channels_last, lanes=lanes)
+        return tune.tune(self.sampler, CPU, SHAPE, batch=batch, channels_last=channels_last, parallel=parallel)
 
 
 def a_batch_costs(fixed: float, channels_last: float, contiguous: float):
@@ -90,7 +97,7 @@ PRICES = {
 @pytest.mark.parametrize(("price", "most", "wanted"), PRICES.values(), ids=PRICES)
 def test_the_fastest_that_fits_is_chosen(price, most, wanted, monkeypatch):
     chosen = Priced(price, most).tuned(monkeypatch)
-    assert (chosen.batch, chosen.channels_last, chosen.lanes) == (wanted.batch, wanted.channels_last, 1)
+    assert (chosen.batch, chosen.channels_last, chosen.parallel) == (wanted.batch, wanted.channels_last, 1)
     assert chosen.speed == pytest.approx(wanted.speed)
 
 
@@ -104,7 +111,7 @@ def test_those_near_the_fastest_are_measured_again(monkeypatch):
         return 1000 * speeds.get(choice.batch, [1.0]).pop(0)
 
     monkeypatch.setattr(tune, "speed_of", speed_of)
-    chosen = tune.tune(lambda choice: None, CPU, SHAPE, batch=None, channels_last=True, lanes=1)
+    chosen = tune.tune(lambda choice: None, CPU, SHAPE, batch=None, channels_last=True, parallel=1)
     assert chosen == Choice(128, True, speed=110_000)
     assert asked == [8, 64, 128, 256, 512, 128, 256, 128, 256]
 
@@ -129,7 +136,7 @@ def test_a_network_is_not_tried_at_sizes_that_take_more_than_a_second(seconds, t
 def test_a_trial_can_be_stopped(monkeypatch):
     network = Priced(a_batch_costs(0.1, 1e-5, 2e-5))
     chosen = tune.tune(
-        network.sampler, CPU, SHAPE, batch=None, channels_last=None, lanes=1, stop=lambda: len(network.tried) >= 3
+        network.sampler, CPU, SHAPE, batch=None, channels_last=None, parallel=1, stop=lambda: len(network.tried) >= 3
     )
     assert len(network.tried) == 3
     assert chosen.speed is None
@@ -152,30 +159,30 @@ def test_what_is_given_is_kept(kept, tried, monkeypatch):
 
 @pytest.mark.parametrize(("threads", "tried"), [(1, [1]), (3, [3, 1]), (4, [4, 1]), (16, [16, 1, 4])])
 @pytest.mark.parametrize("best", [0, -1])
-def test_one_lane_or_as_many_as_there_are_threads_or_some(threads, tried, best, monkeypatch):
-    """How fast each is, is pretended: real lanes share the clock."""
+def test_one_at_a_time_or_as_many_as_there_are_threads_or_some(threads, tried, best, monkeypatch):
+    """How fast each is, is pretended: real threads share the clock."""
     asked = []
 
     def speed_of(make, choice, shape, stop):
         asked.append(choice)
-        return 2000.0 if choice.lanes == tried[best] else 1000.0
+        return 2000.0 if choice.parallel == tried[best] else 1000.0
 
     monkeypatch.setattr(tune, "speed_of", speed_of)
-    chosen = tune.tune(lambda choice: None, CPU, SHAPE, batch=64, channels_last=True, lanes=threads)
-    assert (chosen.lanes, chosen.speed) == (tried[best], 2000.0)
-    assert [choice.lanes for choice in asked] == tried
+    chosen = tune.tune(lambda choice: None, CPU, SHAPE, batch=64, channels_last=True, parallel=threads)
+    assert (chosen.parallel, chosen.speed) == (tried[best], 2000.0)
+    assert [choice.parallel for choice in asked] == tried
 
 
 @pytest.mark.parametrize(("gain", "kept"), [(1.04, False), (1.06, True), (None, False)], ids=["barely", "clearly", "no-memory"])
 def test_compiling_must_pay(gain, kept, monkeypatch):
-    plain = Choice(64, True, lanes=2, speed=1000.0)
+    plain = Choice(64, True, parallel=2, speed=1000.0)
     monkeypatch.setattr(tune, "speed_of", lambda make, choice, shape, stop: gain and gain * 1000.0)
     chosen = tune.try_compiled(lambda choice: None, plain, SHAPE)
-    assert chosen == (Choice(64, True, lanes=2, compiled=True, speed=1060.0) if kept else plain)
+    assert chosen == (Choice(64, True, parallel=2, compiled=True, speed=1060.0) if kept else plain)
 
 
-def test_the_trial_of_several_lanes_measures_them_together():
-    assert tune.speed_of(Priced(lambda batch, layout: 0.0).sampler, Choice(64, True, lanes=2), SHAPE) > 0
+def test_the_trial_of_several_workers_measures_them_together():
+    assert tune.speed_of(Priced(lambda batch, layout: 0.0).sampler, Choice(64, True, parallel=2), SHAPE) > 0
 
 
 # --- in a run ----------------------------------------------------------------------------------------------------------------
@@ -239,11 +246,11 @@ def test_a_long_run_without_a_trial_says_what_it_will_cost_too(model, tmp_path, 
     certify(options(model, tmp_path / "r.tsv", sampling=SamplingOptions(device="cpu", **flags)), heard)
     assert trials == []
     assert heard.notes[0].endswith("11 samples/s")
-    assert heard.notes[1] == "6 images, at most 1,320 samples: about 0:02:00 at that speed"
+    assert heard.notes[1] == "6 images, at most 1,320 samples: about 0:02:00 at this speed"
 
 
 @pytest.mark.parametrize(
-    ("before", "lanes"),
+    ("before", "parallel"),
     [
         ({}, 4),
         ({"lanes": 1, "threads": 4, "trial": True}, 1),
@@ -252,19 +259,19 @@ def test_a_long_run_without_a_trial_says_what_it_will_cost_too(model, tmp_path, 
         ({"lanes": None, "threads": None}, 4),
     ],
 )
-def test_a_run_that_goes_on_has_few_lanes_only_if_a_trial_found_so(model, monkeypatch, before, lanes):
-    monkeypatch.setattr(sampling, "lanes_of", lambda device: 4)
+def test_a_run_that_goes_on_has_few_parallel_batches_only_if_a_trial_found_so(model, monkeypatch, before, parallel):
+    monkeypatch.setattr(sampling, "parallel_batches", lambda device: 4)
     work = sampling.Work(10**6)
     _, choice = SamplingOptions("cpu", batch=8).sampler(load_model(model), work, before, Silent(), lambda: False)
-    assert choice.lanes == lanes
+    assert choice.parallel == parallel
 
 
 def test_the_cost_of_a_long_run_is_said_before_it_begins(model, tmp_path, trials):
     heard = Listening()
     tally = certify(options(model, tmp_path / "r.tsv"), heard)
     trial, price = heard.notes
-    assert trial == "trial: batch 96, contiguous: 1,000,000 samples/s"
-    assert price == "6 images, at most 1,320 samples: about 0:00:00 at that speed"
+    assert trial == "trial: batch size 96, contiguous: 1,000,000 samples/s"
+    assert price == "6 images, at most 1,320 samples: about 0:00:00 at this speed"
     assert tally.samples == 1320
 
 
@@ -272,13 +279,13 @@ def test_with_labels_there_are_no_selection_samples_in_the_cost(model, tmp_path,
     heard, wanted = Listening(), {"certifier": {"name": "sequential", "n": 5_000}, "radii": (0.0, 0.25)}
     for labels, most in ((False, 5_100), (True, 5_000)):
         certify(options(model, tmp_path / f"{labels}.tsv", **wanted, labels=labels), heard)
-        assert heard.notes[-1].startswith(f"6 images, at most {6 * most:,} samples: about 0:00:00 at that speed")
+        assert heard.notes[-1].startswith(f"6 images, at most {6 * most:,} samples: about 0:00:00 at this speed")
 
 
 def test_hours_are_shown_as_hours_and_divided_among_processes(model):
     images = CertificationTask(load_model(model), installed().build("certifiers", {"name": "cohen"}), lambda index: None)
     said = at_most(images, 0, 500, 1_000.0, 2)
-    assert said == "500 images, at most 50,050,000 samples: about 6:57:05 at that speed"
+    assert said == "500 images, at most 50,050,000 samples: about 6:57:05 at this speed"
 
 
 def test_a_trial_changes_no_row(model, tmp_path, trials, monkeypatch):
@@ -329,7 +336,7 @@ def faster(make, choice, shape, stop) -> float:
 def test_a_run_of_hours_tries_torch_compile_and_its_continuation_keeps_it(model, tmp_path, hours, monkeypatch):
     calls, heard, out = pretend_to_compile(monkeypatch, faster), Listening(), tmp_path / "r.tsv"
     certify(options(model, out, max=3), heard)
-    assert heard.notes[0] == "trial: batch 96, contiguous, compiled: 2,000,000 samples/s"
+    assert heard.notes[0] == "trial: batch size 96, contiguous, compiled: 2,000,000 samples/s"
     assert compiled(out)
     assert calls == [{"mode": "default", "dynamic": False}]
     certify(options(model, out, resume=True), Silent())
@@ -416,23 +423,23 @@ class Compiling:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if images.shape not in self.known:
-            time.sleep(0.02)  # the other lanes arrive meanwhile
+            time.sleep(0.02)  # the other threads arrive meanwhile
             self.compiled.append(len(images))
             self.known.add(images.shape)
         return images.flatten(1)[:, :3]
 
 
-def test_lanes_compile_a_kind_of_batch_once():
+def test_workers_compile_a_kind_of_batch_once():
     gaussian, compiling = installed().build("noises", {"name": "gaussian", "sigma": 0.5}), Compiling()
     network = sampling.OnceCompiled(compiling)
     for batch in (32, 16, 32):
-        assert len(counts_of(Sampler(network, gaussian, 3, seed=0, batch=batch, device=CPU, lanes=4))) == 5
+        assert len(counts_of(Sampler(network, gaussian, 3, seed=0, batch=batch, device=CPU, parallel=4))) == 5
     assert compiling.compiled == [32, 16]
 
 
 @pytest.mark.slow
 def test_compiled_rows_are_those_of_the_network_but_for_ties(model, tmp_path):
-    """torch.compile itself, in two lanes; needs a C++ compiler."""
+    """torch.compile itself, on two threads; needs a C++ compiler."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

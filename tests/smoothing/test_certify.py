@@ -233,7 +233,7 @@ def test_start_skip_and_max_take_the_images_that_they_document(model, tmp_path, 
 @pytest.mark.parametrize(
     ("chosen", "said"),
     [
-        ({"start": 360}, r"--start 360 lies behind the last of the 360 images"),
+        ({"start": 360}, r"--start is 360, but the split 'test' has only 360 images"),
         ({"start": -1}, r"--start is -1, but must be at least 0"),
         ({"skip": 0}, r"--skip is 0, but must be at least 1"),
         ({"max": 0}, r"--max is 0, but must be at least 1"),
@@ -348,7 +348,7 @@ def test_a_finished_run_resumes_to_nothing(model, whole, tmp_path):
 
 def test_results_are_not_overwritten(model, whole):
     before = whole.read_bytes()
-    with pytest.raises(InputError, match="exists already") as error:
+    with pytest.raises(InputError, match="already exists") as error:
         certify(options(model, whole), Silent())
     assert "--resume" in str(error.value)
     assert whole.read_bytes() == before
@@ -441,9 +441,9 @@ def test_a_field_that_the_certifier_lacks_is_named(model, tmp_path):
         ({"n": "many"}, 'certifier.n = "many" (as given): must be a valid integer, unable to parse string as an integer'),
         (
             {"early_abstian": True},
-            "certifier.early_abstian = true (as given): unknown key; did you mean certifier.early_abstain?",
+            "certifier.early_abstian = true (as given): unknown key. Did you mean 'certifier.early_abstain'?",
         ),
-        ({"nmae": "x"}, 'certifier.nmae = "x" (as given): unknown key; did you mean certifier.name?'),
+        ({"nmae": "x"}, "certifier.nmae = \"x\" (as given): unknown key. Did you mean 'certifier.name'?"),
         ({"name": "cohan"}, 'certifier.name = "cohan" (as given): no installed package provides the certifiers plugin'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -460,7 +460,7 @@ def test_a_wrong_certifier_is_said_in_the_words_of_a_configuration(certifier, sa
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"size": 3}, "data.size = 3 (--set): unknown key; the keys here are data.name"),
+        ({"size": 3}, "data.size = 3 (--set): unknown key. The keys here are data.name"),
         ({"name": "imagefolder", "size": -1}, "data.size = -1 (--set): must be greater than or equal to 1"),
         ({"name": "digit"}, "data.name = \"digit\" (--set): no installed package provides the datasets plugin 'digit'"),
         ({"name": 3}, "data.name = 3 (--set): must name a plugin"),

@@ -223,7 +223,7 @@ def test_a_process_that_does_not_share_the_folder_says_so_at_once(model, tmp_pat
     store = Counters()
     store.add("meet protocol", 1)  # the first has written it, elsewhere
     monkeypatch.setattr(certifying, "join", lambda *_: Together(store, 1, 2))
-    with pytest.raises(InputError, match="which the first process has written, is not here"):
+    with pytest.raises(InputError, match="which the first process has written, does not appear here"):
         certify(options(model, tmp_path / "r.tsv"), Silent())
     assert list(tmp_path.iterdir()) == []
 
@@ -262,7 +262,7 @@ def test_more_ranks_than_images(model, whole, tmp_path, monkeypatch):
 def test_ranks_refuse_to_overwrite(model, whole, monkeypatch):
     before = whole.read_bytes()
     errors = certify_together(options(model, whole), 2, monkeypatch)
-    assert any(isinstance(error, InputError) and "exists already" in error.message for error in errors)
+    assert any(isinstance(error, InputError) and "already exists" in error.message for error in errors)
     assert whole.read_bytes() == before
     assert parts_of(whole) == []
 
@@ -440,7 +440,7 @@ def test_shards_that_extend_a_result_are_not_missed_where_they_have_nothing_to_d
     seen = read_results(out)
     assert len(seen.idx) == IMAGES
     assert len(seen.notes) == 1
-    assert "1 part is not put together yet" in seen.notes[0]
+    assert "1 part is not merged yet" in seen.notes[0]
     certify(options(model, out, resume=True), Silent())
     finished_like(out, whole)
 
@@ -450,7 +450,7 @@ def test_a_shard_is_resumed_and_may_have_ranks_of_its_own(model, whole, tmp_path
     with monkeypatch.context() as patch:
         kill_after(400, patch)
         certify_together(options(model, out, shard=(1, 2)), 2, patch)
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         certify(options(model, out, shard=(1, 2)), Silent())
     certify(options(model, out, shard=(1, 2), resume=True), Silent())
     certify(options(model, out, shard=(2, 2)), Silent())

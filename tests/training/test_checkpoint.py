@@ -282,7 +282,7 @@ def test_a_run_does_not_go_on_with_other_data(stopped, tmp_path, case):
     with pytest.raises(InputError) as caught:
         run(tmp_path, cache, Silent(), resume=True)
     assert said in caught.value.message
-    assert "the training data is not what" in caught.value.message
+    assert "the training data differs from what" in caught.value.message
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 

@@ -110,7 +110,7 @@ def test_a_finished_run_resumes_to_nothing(uninterrupted):
 
 
 def test_a_folder_with_a_run_is_not_overwritten(uninterrupted):
-    with pytest.raises(InputError, match="holds a training run already") as error:
+    with pytest.raises(InputError, match="already holds a training run") as error:
         train(settings(), options(uninterrupted), Silent())
     assert "--resume" in str(error.value)
 
@@ -386,7 +386,7 @@ def test_an_attack_that_leaves_the_box_is_named(by, says):
 def test_a_model_that_no_run_wrote_is_kept(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/model.safetensors").write_bytes(b"precious")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         train(settings(), options(tmp_path / "run"), Silent())
     assert (tmp_path / "run/model.safetensors").read_bytes() == b"precious"
     assert not (tmp_path / "run/config.json").exists()

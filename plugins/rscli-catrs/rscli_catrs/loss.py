@@ -35,10 +35,10 @@ class CatRs(Loss):
     `soft_labels` for other runs.
     """
 
-    m: int = Field(4, ge=1, le=4096, description="noisy copies of an image")
+    m: int = Field(4, ge=1, le=4096, description="noisy copies per image")
     lbd: float = Field(ge=0, description="weight of the worst-case term")
     epsilon: float = Field(
-        1.0, gt=0, description="length of the change of a noise, at most", json_schema_extra=unit("[0, 1] pixels")
+        1.0, gt=0, description="maximum length of the perturbation of the noise", json_schema_extra=unit("[0, 1] pixels")
     )
     steps: int = Field(4, ge=1, le=1000, description="attack steps, each of length 2 epsilon / steps")
     teacher: Path | None = Field(None, description="model file (or run folder) whose votes are the soft labels")
@@ -61,7 +61,10 @@ class CatRs(Loss):
         return {"soft_labels": read_or_make(context, self.soft_labels, self.teacher, self.votes)}
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """`low` and `high`, scalars in nats, the latter multiplied by lbd already; the objective of the class's docstring."""
+        """The objective of the class's docstring, from logits (m, batch, classes) under the step's noise and under the worst.
+
+        `low` and `high` are scalars in nats, the latter multiplied by lbd already.
+        """
         from torch.nn.functional import cross_entropy
 
         table = step.state["soft_labels"]

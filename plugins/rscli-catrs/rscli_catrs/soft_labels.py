@@ -55,7 +55,7 @@ def make(context: TrainContext, teacher: Path, votes: int) -> Tensor:
 
     network, noise = context.load_model(teacher)
     if noise.sigma != TEACHER_SIGMA:
-        context.note(f"the paper's teacher has sigma {TEACHER_SIGMA}, this one has {noise.sigma:g}")
+        context.note(f"the paper's teacher has sigma {TEACHER_SIGMA}, but this one has {noise.sigma:g}")
     context.note(f"making soft labels: {votes} votes of {teacher} for each of {context.images:,} training images")
     out = torch.zeros(context.images, context.classes)
     copies = max(1, min(votes, ROWS // 8))
@@ -96,7 +96,7 @@ def read(file: Path, images: int, classes: int, origin: dict[str, str]) -> Tenso
             made, labels = opened.metadata() or {}, opened.get_tensor("soft_labels")
     except (SafetensorError, KeyError, OSError) as cause:
         raise InputError(
-            f"{file} holds no soft labels: {cause}", "Remove it, and they are made again from loss.teacher."
+            f"{file} holds no soft labels: {cause}", "Remove it; they are then made again from loss.teacher."
         ) from cause
     if tuple(labels.shape) != (images, classes):
         raise InputError(
@@ -104,9 +104,9 @@ def read(file: Path, images: int, classes: int, origin: dict[str, str]) -> Tenso
             "Name another file: --set loss.soft_labels=FILE.",
         )
     if other := [key for key, value in origin.items() if made.get(key) != value]:
-        text = f"the soft labels in {file} were made of other things: {', '.join(other)}"
+        text = f"the soft labels in {file} were made from something else: {', '.join(other)}"
         raise InputError(text, "Name another file (--set loss.soft_labels=FILE), or remove this one to make them again.")
     if not (labels.min() >= 0 and (labels.sum(-1) - 1).abs().max() < 1e-3):
-        raise InputError(f"the rows in {file} are not probabilities", "Remove it, and they are made again from loss.teacher.")
+        raise InputError(f"the rows in {file} are not probabilities", "Remove it; they are then made again from loss.teacher.")
     found: Tensor = labels.float()
     return found

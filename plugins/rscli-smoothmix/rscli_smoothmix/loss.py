@@ -31,7 +31,7 @@ class SmoothMix(Loss):
     1e-8.
     """
 
-    m: int = Field(4, ge=1, le=4096, description="noisy copies of an image")
+    m: int = Field(4, ge=1, le=4096, description="noisy copies per image")
     eta: float = Field(5.0, ge=0, description="weight of the mixup term")
     alpha: float = Field(1.0, gt=0, description="length of an adversarial step", json_schema_extra=unit("[0, 1] pixels, L2"))
     steps: int = Field(4, ge=1, le=1000, description="adversarial steps (T in the paper)")
@@ -43,7 +43,10 @@ class SmoothMix(Loss):
         return min(1.0, (epoch + 1) / max(self.warmup, 1))
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
-        """`ce` and `mixup`, scalars in nats, the latter multiplied by eta w already; the objective of the class's docstring."""
+        """The objective of the class's docstring, from logits (m, batch, classes) of the noisy images and of the mixed ones.
+
+        `ce` and `mixup` are scalars in nats, the latter multiplied by eta w already.
+        """
         from torch.nn.functional import cross_entropy
 
         weight = self.weight_at(step.position.epoch)

@@ -29,7 +29,7 @@ class CifarDenseNet(Architecture):
 
     field_names: ClassVar = {"cifar_densenet40": {"depth": 40, "growth": 12}}
 
-    depth: int = Field(40, ge=10, le=1000, description="6 n + 4 for n layers a block", json_schema_extra=unit("layers"))
+    depth: int = Field(40, ge=10, le=1000, description="6 n + 4 for n layers per block", json_schema_extra=unit("layers"))
     growth: int = Field(12, ge=1, le=1000, description="channels that each layer adds", json_schema_extra=unit("channels"))
 
     @field_validator("depth")

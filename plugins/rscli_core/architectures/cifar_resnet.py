@@ -24,7 +24,7 @@ class CifarResNet(Architecture):
     field_names: ClassVar = {"cifar_resnet20": {"depth": 20}, "cifar_resnet110": {"depth": 110}}
 
     depth: int = Field(
-        110, ge=8, le=10_000, description="weighted layers: 6 n + 2 for n blocks a stage", json_schema_extra=unit("layers")
+        110, ge=8, le=10_000, description="weighted layers: 6 n + 2 for n blocks per stage", json_schema_extra=unit("layers")
     )
 
     @field_validator("depth")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from rscli.api import Architecture, DataSpec
-from rscli.errors import InputError
+from rscli.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,8 +103,7 @@ class TimmModel(Architecture):
 
 def _unknown(model: str, known: list[str]) -> InputError:
     near = difflib.get_close_matches(model.partition(".")[0], known, n=3)
-    hint = f"Did you mean {' or '.join(near)}?" if near else "`timm.list_models()` names all of them."
-    return InputError(f"timm has no model called {model!r}", hint)
+    return InputError(f"timm has no model called {model!r}", did_you_mean(near, "`timm.list_models()` lists them."))
 
 
 def _no_weights(model: str, cause: Exception) -> InputError:
@@ -126,7 +125,7 @@ def _no_weights(model: str, cause: Exception) -> InputError:
 
 
 def _try_forward(network: nn.Module, classes: int, input_shape: tuple[int, int, int]) -> None:
-    """Raises what the network raises on a black image, and `ValueError` unless it answers one logit a class."""
+    """Raises what the network raises on a black image, and `ValueError` unless it returns one logit per class."""
     import torch
 
     network.eval()  # neither draws random numbers nor moves the batch statistics
@@ -135,4 +134,4 @@ def _try_forward(network: nn.Module, classes: int, input_shape: tuple[int, int, 
     network.train()
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         answer = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-        raise ValueError(f"it answers {answer} where logits (1, {classes}) are wanted")
+        raise ValueError(f"it returned {answer} instead of logits (1, {classes})")

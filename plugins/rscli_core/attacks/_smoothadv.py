@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class SmoothAdv(Attack):
     """An L2 attack on the smoothed classifier, its reach growing over the first epochs."""
 
-    epsilon: float = Field(gt=0, description="length of the perturbation, at most", json_schema_extra=unit("[0, 1] pixels"))
+    epsilon: float = Field(gt=0, description="maximum length of the perturbation", json_schema_extra=unit("[0, 1] pixels"))
     warmup: int = Field(
         10, ge=0, description="epochs over which epsilon grows to its value; 0 or 1: none", json_schema_extra=unit("epochs")
     )

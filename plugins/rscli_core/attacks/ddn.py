@@ -37,7 +37,7 @@ class Ddn(SmoothAdv):
     which clipping does for us.
     """
 
-    steps: int = Field(10, ge=2, description="points that are looked at; the first is the image itself")
+    steps: int = Field(10, ge=2, description="points that are tried; the first is the image itself")
     gamma: float = Field(0.05, gt=0, lt=1, description="relative change of the norm in a step")
     levels: int = Field(256, ge=2, description="grey levels of the images that are tried")
 

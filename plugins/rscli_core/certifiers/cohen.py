@@ -37,17 +37,18 @@ def fixed_n_decision(hits: int, n: int, candidate: int, alpha: float) -> Decisio
 class Cohen(Certifier):
     """CERTIFY: the exact binomial bound from a fixed number of samples."""
 
-    early_abstain: bool = Field(False, description="stop at looks before n that leave no hope of 1/2; costs no error")
+    early_abstain: bool = Field(False, description="abstain early for futility, at looks before n; spends no alpha")
 
     def selection(self, question: Question) -> int:
         """n0 samples to choose the class; none if the question names it."""
         return self.n0 if question.label is None else 0
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:
-        """One look, at n; before it, if asked for, those of the sequential test, only to abstain; `counts` (classes,).
+        """One look, at n; before it, with `early_abstain`, those of the sequential test, only to abstain; `counts` (classes,).
 
-        The state maps each of these to the hits at or below which the image is given up (`sequential.futility_boundary` at 1/2:
-        an image whose class has probability 1/2 or more is given up with probability at most 2e-4). Raises nothing of its own.
+        The state maps each of these to the hits at or below which the image is futile (`sequential.futility_boundary` at 1/2:
+        an image whose class has probability 1/2 or more is declared futile with probability at most 2e-4). Raises nothing of
+        its own.
         """
         if not self.early_abstain:
             return Plan(candidate(counts, question), (self.n,))

@@ -37,8 +37,8 @@ class _Standing:
 class Sequential(Certifier):
     """Stops as soon as every wanted radius is certified or futile; needs radii.
 
-    With early = 0, nothing is spent before the last look: till then a radius is certified, or given up, only on a count that is
-    all but impossible (1e-18 of alpha or futility) at its threshold, or given up when the rest of the samples cannot help.
+    With early = 0, nothing is spent before the last look: until then a radius is certified, or declared futile, only on a count
+    that is all but impossible (1e-18 of alpha or futility) at its threshold, or futile if the rest of the samples cannot help.
     """
 
     grid: ClassVar[bool] = True
@@ -49,14 +49,14 @@ class Sequential(Certifier):
         sequential.EARLY,
         ge=0,
         le=1,
-        description="part of alpha and of futility spent before the last look; 0: a futile image is stopped early only if "
-        "the rest of its samples cannot help, or its count is all but impossible",
+        description="share of alpha and of futility spent before the last look; 0: an image is stopped early only if the "
+        "rest of its samples cannot help, or its count is all but impossible",
     )
     futility: float = Field(
         sequential.FUTILITY,
         gt=0,
         lt=1,
-        description="probability of stopping although the radius holds; costs no error",
+        description="probability of stopping although the radius holds; spends no alpha",
     )
     first_look: int = Field(50, ge=1, description="samples at the first look")
     growth: float = Field(1.2, ge=1.01, description="each look's samples, as a multiple of those at the look before")
@@ -73,7 +73,7 @@ class Sequential(Certifier):
         """
         thresholds = question.thresholds
         if not thresholds:
-            raise InputError("the sequential certifier decides given radii, but none was given", "say --radii 0,0.25,0.5,0.75")
+            raise InputError("the sequential certifier decides given radii, but none were given", "As in --radii 0,0.25,0.5.")
         if thresholds[0] < 0.5:
             raise InputError(f"the threshold {thresholds[0]} is below 1/2, where a class need not be the most probable one")
         looks = sequential.look_schedule(self.n, self.first_look, self.growth)

@@ -31,7 +31,7 @@ class TwoStage(Certifier):
 
     n0: int = Field(1000, ge=1, description="pilot samples per image: they choose its class and its number of samples")
     radius_tolerance: float = Field(
-        0.05, gt=0, lt=1, description="wanted loss of radius, relative to the radius that n samples would give"
+        0.05, gt=0, lt=1, description="accepted loss of radius, relative to the radius that n samples would give"
     )
 
     def plan(self, counts: NDArray[np.int64], question: Question) -> Plan:

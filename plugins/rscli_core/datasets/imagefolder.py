@@ -1,4 +1,4 @@
-"""Anybody's images, sorted into one folder a class."""
+"""Anybody's images, sorted into one folder per class."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ImageFolder(Dataset):
     Images in folders below a class folder belong to the class. Hidden files, and what is no image, are skipped and counted.
     """
 
-    path: str = Field("", description="the folder with the splits: below the data folder, or absolute; empty: the data folder")
+    path: str = Field("", description="folder of the splits, relative to the data folder or absolute; empty: the data folder")
     size: int = Field(
         32,
         ge=1,
@@ -55,10 +55,10 @@ class ImageFolder(Dataset):
     std: tuple[float, ...] | None = Field(None, description="standard deviation of each channel, given together with mean")
     augment: Literal["none", "crop-flip", "resized-crop"] = Field(
         "crop-flip",
-        description="what training images undergo: padding by 4, crop and flip; or a random part, resized, and flip",
+        description="augmentation of training images: padding by 4, crop and flip; or a random resized crop and flip",
     )
     cache: Literal["auto", "memory", "files"] = Field(
-        "auto", description="decoded images in memory, or read anew each time; auto: in memory up to 1 GiB a split"
+        "auto", description="decoded images in memory, or read again each time; auto: in memory up to 1 GiB per split"
     )
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class ImageFolder(Dataset):
         if self.std is not None and min(self.std) < 1e-6:
             raise ValueError(f"every std must be above 0 (1e-6 or more), got {self.std}")
         if self.cache == "memory" and self.augment == "resized-crop":
-            raise ValueError("augment = resized-crop reads the original files anew each time: cache = memory cannot serve it")
+            raise ValueError("augment = resized-crop reads the original files each time: cache = memory cannot serve it")
         return self
 
     def spec(self, root: Path) -> DataSpec:

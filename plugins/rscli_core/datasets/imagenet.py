@@ -60,7 +60,7 @@ class ImageNet(Dataset):
             there = "ImageNet cannot be downloaded without an account: " if download else ""
             raise InputError(f"there is no folder {folder}", there + _expected(root))
         if problems := self._problems(_home(root)):
-            lines = [f"the ImageNet folders in {_home(root)} are not in order:"]
+            lines = [f"the ImageNet folders in {_home(root)} are not as expected:"]
             lines += [f"  {found.text}. {found.hint}" for found in problems]
             raise InputError("\n".join(lines), "`rscli doctor` checks them again.")
         return labelled_images(folder, class_folders(folder))
@@ -88,7 +88,7 @@ class ImageNet(Dataset):
             text = f"{folder.name}/ has {count(len(loose), 'image')} outside any class folder ({name_some(loose, 2)})"
             found.append(Finding(False, text, f"Move each into {folder.name}/CLASS/, as the list of labels says."))
         elif not classes:
-            hint = f"Unpack the images into {folder.name}/CLASS/, one folder a class."
+            hint = f"Unpack the images into {folder.name}/CLASS/, one folder per class."
             found.append(Finding(False, f"{folder.name}/ has no class folders", hint))
         if classes and len(classes) != self.classes:
             text = f"{folder.name}/ has {count(len(classes), 'class folder')}, and {self.classes:,} are expected"
@@ -120,5 +120,5 @@ def _home(root: Path) -> Path:
 
 def _expected(root: Path) -> str:
     return (
-        f"Expected: {root / 'imagenet'}/train/CLASS/*.JPEG and val/CLASS/*.JPEG, one folder a class; --data-dir names another."
+        f"Expected: {root / 'imagenet'}/train/CLASS/*.JPEG and val/CLASS/*.JPEG, a folder per class; --data-dir names another."
     )

@@ -35,7 +35,7 @@ class Consistency(NoisyLoss):
     We compute log pbar = logsumexp_i(log p_i) - log m, which is finite, with its gradient, whenever the logits are.
     """
 
-    m: int = Field(2, ge=1, description="noisy copies of an image")
+    m: int = Field(2, ge=1, description="noisy copies per image")
     lbd: float = Field(ge=0, description="weight of the consistency term")
     eta: float = Field(0.5, ge=0, description="weight of the entropy (default form only)")
     form: Literal["default", "xent", "kl", "mse"] = Field("default", description="which consistency term")

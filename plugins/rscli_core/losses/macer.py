@@ -31,7 +31,7 @@ class Macer(Loss):
 
     chunked: ClassVar[bool] = False
 
-    m: int = Field(16, ge=1, description="noisy copies of an image (k in the paper)")
+    m: int = Field(16, ge=1, description="noisy copies per image (k in the paper)")
     lbd: float = Field(ge=0, description="weight of the robustness term")
     beta: float = Field(16.0, gt=0, description="inverse temperature of the robustness term")
     gamma: float = Field(8.0, gt=0, description="margin of the hinge, on -xi", json_schema_extra=unit("2 radius / sigma"))

@@ -1,7 +1,7 @@
 """Checkpoints as this field publishes them, turned into a self-describing model file.
 
-The file is read (`checkpoints`), its tensors are brought under the network's names (`fit`) and checked (`misfit`), and the
-normalisation is found that belongs in front (`normalization`). What the file does not say of itself, the user's options do.
+The file is read (`foreign`), its tensors are renamed as the network's (`keys`) and checked (`mismatch`), and the
+normalisation that belongs in front is found (`normalization`). What the file does not say of itself, the user's options do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rscli.config.problems import Problems
 from rscli.config.schema import SECTIONS
 from rscli.config.settings import Setting, Settings, dotted, flatten, nest, stack
 from rscli.data.splits import spec_of
-from rscli.errors import InputError, RscliError
+from rscli.errors import InputError, RscliError, did_you_mean
 from rscli.models.card import ModelCard
 from rscli.models.importing.foreign import Checkpoint, read_checkpoint
 from rscli.models.importing.keys import fit_tensors
@@ -120,7 +120,7 @@ def _check_options(options: ImportOptions) -> None:
     if options.checkpoint.exists() and options.out.samefile(options.checkpoint):
         raise InputError(f"{options.out} is the checkpoint itself", "Write the model file elsewhere: --out FILE.")
     if not options.force:
-        raise InputError(f"{options.out} exists already", "--force overwrites it; --out FILE writes elsewhere.")
+        raise InputError(f"{options.out} already exists", "--force overwrites it; --out FILE writes elsewhere.")
 
 
 def _plugins(options: ImportOptions, checkpoint: Checkpoint) -> tuple[dict[str, Plugin], dict[str, dict[str, Any]]]:
@@ -178,11 +178,11 @@ def _guess(named: str | None) -> dict[str, Any] | None:
 
 
 def _way_to_arch(name: str) -> str:
-    if offered := installed().offering("architectures", name):
-        return f"Write --arch {offered[0]}."
-    if near := get_close_matches(name, [*field_archs(), *(entry.name for entry in installed().entries("architectures"))], n=1):
-        return f"Did you mean --arch {near[0]}?"
-    return "timm's models, torchvision's ResNets among them, are timm/NAME. `rscli plugins` lists the others."
+    known = [*field_archs(), *(entry.name for entry in installed().entries("architectures"))]
+    near = installed().offering("architectures", name)[:1] or get_close_matches(name, known, n=1)
+    return did_you_mean(
+        near, "timm's models, among them torchvision's ResNets, are timm/NAME; `rscli plugins` lists the others."
+    )
 
 
 def _check_arch(name: str) -> None:
@@ -192,8 +192,8 @@ def _check_arch(name: str) -> None:
     if name in known or name.rpartition(":")[2].partition("/")[0] in plugins:
         return
     raise InputError(
-        f"there is no architecture {name!r}: none of the plugins ({', '.join(sorted(plugins))}) is called that, "
-        f"and none of the field's ({', '.join(known)})",
+        f"there is no architecture {name!r}: no plugin ({', '.join(sorted(plugins))}) and no published network "
+        f"({', '.join(known)}) has that name",
         _way_to_arch(name),
     )
 
@@ -206,7 +206,7 @@ def _other_arch(checkpoint: Checkpoint, chosen: Mapping[str, Any]) -> str | None
 
 def _unknown_arch(checkpoint: Checkpoint) -> InputError:
     says = (
-        "does not say which architecture it is of"
+        "does not say which architecture it belongs to"
         if checkpoint.arch is None
         else f"says arch = {checkpoint.arch!r}, which no plugin knows (known: {', '.join(field_archs())}, timm's names)"
     )

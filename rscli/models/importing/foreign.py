@@ -61,7 +61,7 @@ def read_checkpoint(path: Path, *, ema: bool = False, prefix: str = "", ignore: 
     else:
         content = _read_torch(path)
     if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint: a dict of tensors, or with a state_dict")
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of tensors, or one with a state_dict")
     found = _choose(path, content, ema)
     arch, epochs = content.get("arch"), content.get("epoch")
     if found.key is not None:
@@ -87,10 +87,10 @@ def _choose(path: Path, content: Mapping[Any, Any], ema: bool) -> Checkpoint:
         return Checkpoint(path, plain, key)
     name, weights = next(iter(averaged.items()))
     if ema or not plain:
-        why = "as --ema says" if plain else "which are all it has"
-        return Checkpoint(path, weights, name, note=f"took the EMA weights of {path}, under {name!r}, {why}")
+        why = "as --ema asks" if plain else "the only weights in it"
+        return Checkpoint(path, weights, name, note=f"imported the EMA weights of {path}, under {name!r}, {why}")
     where = f"under {key!r}" if key else "at the top"
-    note = f"{path} has EMA weights as well, under {name!r}; the plain ones, {where}, were taken. --ema takes the EMA weights"
+    note = f"{path} also has EMA weights, under {name!r}; the plain ones, {where}, are imported. --ema imports the EMA weights"
     return Checkpoint(path, plain, key, note=note)
 
 
@@ -132,7 +132,7 @@ def _uncompiled(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without what torch.compile puts into their names, at any place."""
     out = {re.sub(r"(^|\.)_orig_mod\.", r"\1", name): tensor for name, tensor in tensors.items()}
     if len(out) < len(tensors):
-        raise InputError(f"{path} has tensors twice, with and without _orig_mod.", "Save the state dict of one network alone.")
+        raise InputError(f"{path} has tensors twice, with and without _orig_mod.", "Save the state dict of a single network.")
     return out
 
 
@@ -169,7 +169,7 @@ def _read_torch(path: Path) -> Any:
         if isinstance(cause, UnpicklingError) or "TorchScript" in str(cause):
             raise _refused(path, str(cause)) from cause
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        raise InputError(f"{path} is not a whole checkpoint of torch.save: {reason}", COPY) from cause
+        raise InputError(f"{path} is not a complete torch.save checkpoint: {reason}", COPY) from cause
 
 
 def _refused(path: Path, reason: str) -> InputError:
@@ -183,9 +183,9 @@ def _refused(path: Path, reason: str) -> InputError:
         else ", or is a pickle that torch's safe reader does not know"
     )
     return InputError(
-        f"refused: {path} contains code or objects beyond tensors{what}; nothing of it was executed",
-        "Often these are harmless: a whole module instead of its state dict, or a class of the author's. If you trust whoever "
-        "made the file, write its tensors and numbers to a new one, and import that. This runs the file's code:\n"
+        f"refused: {path} contains code or objects beyond tensors{what}; none of it was executed",
+        "These are often harmless: a whole module instead of its state dict, or a class of the author's. If you trust whoever "
+        "made the file, save its tensors and numbers to a new one, and import that. The following runs the file's code:\n"
         f"{_way_out(path)}",
     )
 
@@ -208,7 +208,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             if "rscli" in (file.metadata() or {}):
-                raise InputError(f"{path} is one of rscli's model files already", "certify and predict read it as it is.")
+                raise InputError(f"{path} is already a model file of rscli", "certify and predict read it as it is.")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as cause:
-        raise InputError(f"{path} is not a whole safetensors file: {cause}", COPY) from cause
+        raise InputError(f"{path} is not a complete safetensors file: {cause}", COPY) from cause

@@ -44,7 +44,7 @@ class NumpyType:
         self.code = (order if order in ("<", ">") else "") + self.code.lstrip("<>|=")
 
     def read(self, data: Any, *, text: bool = False) -> np.ndarray | None:
-        """The numbers (or the text, where that is wanted) in `data`, flat; None if it holds something else."""
+        """The numbers (or, with `text`, the strings) in `data` as a flat array (n,); None if it holds something else."""
         known = _NUMBERS.fullmatch(self.code) or (text and _TEXT.fullmatch(self.code))
         return np.frombuffer(data, self.code) if known and isinstance(data, bytes) else None
 

@@ -37,13 +37,13 @@ class Fit:
         return [name for name in self.expected if name not in self.tensors]
 
     @property
-    def misshapen(self) -> list[str]:
+    def wrong_shape(self) -> list[str]:
         """Expected names whose tensors have another shape in the file."""
         return [name for name, tensor in self.tensors.items() if tensor.shape != self.expected[name].shape]
 
     @property
-    def mistyped(self) -> list[str]:
-        """Expected names whose tensors are no plain numbers, or whole ones (perhaps quantised) in the place of weights."""
+    def wrong_type(self) -> list[str]:
+        """Expected names whose tensors are not plain numbers, or are integers (perhaps quantised) in place of weights."""
         return [
             name
             for name, tensor in self.tensors.items()
@@ -57,9 +57,9 @@ class Fit:
 def fit_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], rename: Callable[[str], str] = str) -> Fit:
     """Finds the network's names (the keys of `expected`) behind whatever the file puts in front of them.
 
-    `rename` translates a name of the file to the network's, with whatever is in front of it.
-
-    Counters of batches, which old versions of torch did not save and evaluation does not need, are 0 where they are missing.
+    Tensors may have any shape: shapes are compared later (`Fit.wrong_shape`). `rename` translates a name of the file to the
+    network's, with whatever is in front of it. Counters of batches, which old versions of torch did not save and evaluation
+    does not need, are 0 where they are missing.
     """
     names = {rename(name): name for name in tensors}
     counts = _prefixes(names, expected)

@@ -20,7 +20,7 @@ PACKED = {
 """The first bytes of archives and of packed files."""
 
 OTHERS = {
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file, of Keras or MATLAB say",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file (from Keras or MATLAB, perhaps)",
     b"\x93NUMPY": "a numpy array",
     b"%PDF": "a PDF document",
     b"GGUF": "a GGUF file of a language model",
@@ -41,14 +41,15 @@ def kind_of(path: Path) -> Literal["torch", "safetensors"]:
         head = file.read(512)
     size = path.stat().st_size
     if (what := _other(path, head)) is not None:
-        raise InputError(f"{path} is no checkpoint: it is {what[0]}", what[1])
+        raise InputError(f"{path} is not a checkpoint: it is {what[0]}", what[1])
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
     if head[:1] == b"\x80" or head[:4] == b"PK\x03\x04":  # before torch 1.6 a pickle, since then a zip archive
         return "torch"
     if path.suffix == ".safetensors":
         return "safetensors"
-    raise InputError(f"{path} is no checkpoint of torch.save, and no safetensors file: its first bytes are {head[:8]!r}", COPY)
+    text = f"{path} is neither a torch.save checkpoint nor a safetensors file: its first bytes are {head[:8]!r}"
+    raise InputError(text, COPY)
 
 
 def _other(path: Path, head: bytes) -> tuple[str, str] | None:
@@ -57,15 +58,15 @@ def _other(path: Path, head: bytes) -> tuple[str, str] | None:
     if not head:
         return "empty (0 bytes)", COPY
     if head.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, which stands for the file", "Fetch the file: `git lfs pull`, in its repository."
+        return "a Git LFS pointer in place of the file", "Fetch the file: `git lfs pull`, in its repository."
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "a web page, of an error or a login perhaps", "Download the file that the page leads to."
+        return "a web page (an error or a login page, perhaps)", "Download the file itself."
     if packed := next((name for magic, name in PACKED.items() if head.startswith(magic)), None):
-        return f"packed by {packed}", UNPACK
+        return f"compressed ({packed})", UNPACK
     if head[257:262] == b"ustar":
         return "a tar archive", UNPACK
     if other := next((name for magic, name in OTHERS.items() if head.startswith(magic)), None):
-        return other, "Name a file of torch.save, or a safetensors file."
+        return other, "Give a torch.save checkpoint, or a safetensors file."
     if head.startswith(b"PK") and (held := _held(path)) is not None:
         return f"a zip archive of {held}", UNPACK
     if text.startswith((b"{", b"[")):
@@ -90,7 +91,7 @@ def _json(path: Path) -> tuple[str, str]:
         content = json.loads(path.read_bytes()[:10_000_000])
         files = sorted({str(name) for name in content["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return "JSON or other text", "Name a file of torch.save, or a safetensors file."
+        return "JSON or other text", "Give a torch.save checkpoint, or a safetensors file."
     if len(files) == 1:
         return "the index of a safetensors file", f"Import the file that it names: {path.parent / files[0]}."
     hint = (

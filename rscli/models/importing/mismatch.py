@@ -29,18 +29,22 @@ def check_fit(
     """
     if (said := _other_classes(fit, len(spec.class_names)) or _other_channels(fit, spec.shape[0])) is not None:
         raise InputError(
-            f"{path} was trained on {said[0]}, and {dataset!r} has {said[1]}",
+            f"{path} was trained on {said[0]}, but {dataset!r} has {said[1]}",
             "Name the data set that it was trained on: --dataset NAME, with its fields as --set data.KEY=VALUE.",
         )
     sorts = {
         "missing": [f"{name} {_shape(fit.expected[name])}" for name in fit.missing],
         "extra": [f"{name} {_shape(tensor)}" for name, tensor in fit.extra.items()],
-        "misshapen": [f"{n} is {_shape(fit.tensors[n])}, and must be {_shape(fit.expected[n])}" for n in fit.misshapen],
-        "of another type": [f"{n} is {_type(fit.tensors[n])}, and must be plain floating-point numbers" for n in fit.mistyped],
+        "of the wrong shape": [
+            f"{n} is {_shape(fit.tensors[n])}, but must be {_shape(fit.expected[n])}" for n in fit.wrong_shape
+        ],
+        "of the wrong type": [
+            f"{n} is {_type(fit.tensors[n])}, but must be plain floating-point numbers" for n in fit.wrong_type
+        ],
         "not finite": [
             f"{n} holds NaN or infinite values"
             for n, t in fit.tensors.items()
-            if n not in fit.mistyped and not t.isfinite().all()
+            if n not in fit.wrong_type and not t.isfinite().all()
         ],
     }
     if not any(sorts.values()):
@@ -53,7 +57,7 @@ def check_fit(
     for sort, found in sorts.items():
         lines += [f"  {sort}: {line}" for line in found[:SHOWN]]
         lines += [f"  {sort}: and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    hint = _only_extra(fit) or "Is it of another architecture (--arch NAME), or of other fields (--set arch.KEY=VALUE)?"
+    hint = _only_extra(fit) or "Is it another architecture (--arch NAME), or one with other fields (--set arch.KEY=VALUE)?"
     if other_arch is not None:
         hint = f"The file says arch = {other_arch!r}: leave out --arch and --set arch.KEY=VALUE to import it as that."
     raise InputError("\n".join(lines), hint)
@@ -61,7 +65,7 @@ def check_fit(
 
 def _only_extra(fit: Fit) -> str | None:
     """How to leave out what is extra, if nothing else is wrong: another network, or what training needed."""
-    if fit.missing or fit.misshapen or not fit.extra:
+    if fit.missing or fit.wrong_shape or not fit.extra:
         return None
     if len(fit.copies) > 1:
         ways = " or ".join(f"--prefix {prefix}" for prefix in fit.copies if prefix)
@@ -74,26 +78,26 @@ def _only_extra(fit: Fit) -> str | None:
     if not any((fit.prefix + name).partition(".")[0] in roots for name in fit.tensors):
         starts = dict.fromkeys(root if root in fit.extra else f"{root}.*" for root in roots)
     ways = " ".join(f"--ignore '{start}'" for start in list(starts)[:8])
-    return f"The network is whole. If the extra tensors were for training only, leave them out: {ways}"
+    return f"The network is complete. If the extra tensors were for training only, leave them out: {ways}"
 
 
 def _other_classes(fit: Fit, classes: int) -> tuple[str, int] | None:
     """What the file was trained on, and the number of `classes`, if the last layer's number is all that does not fit."""
-    if fit.missing or fit.extra or not fit.misshapen:
+    if fit.missing or fit.extra or not fit.wrong_shape:
         return None
-    shapes = [(fit.tensors[name].shape, fit.expected[name].shape) for name in fit.misshapen]
+    shapes = [(fit.tensors[name].shape, fit.expected[name].shape) for name in fit.wrong_shape]
     counts = {there[0] if here[:1] == (classes,) and there[1:] == here[1:] else None for there, here in shapes}
     count = counts.pop()
     if count is None or counts:
         return None
-    return f"{count} classes (the first dimension of {fit.misshapen[0]})", classes
+    return f"{count} classes (the first dimension of {fit.wrong_shape[0]})", classes
 
 
 def _other_channels(fit: Fit, channels: int) -> tuple[str, int] | None:
     """What the file was trained on, and the number of `channels`, if the first layer's number is all that does not fit."""
-    if fit.missing or fit.extra or len(fit.misshapen) != 1:
+    if fit.missing or fit.extra or len(fit.wrong_shape) != 1:
         return None
-    (name,) = fit.misshapen
+    (name,) = fit.wrong_shape
     there, here = fit.tensors[name].shape, fit.expected[name].shape
     if len(there) != len(here) or here[1:2] != (channels,) or (there[0], *there[2:]) != (here[0], *here[2:]):
         return None

@@ -94,9 +94,9 @@ def choose_normalization(
         reason = f"assumed to be the data set's: in the file the network is behind another layer, under {prefix!r}"
         return Normalization(spec.mean, spec.std, reason)
     if checkpoint.key == "net" and not prefix:
-        reason = "assumed, since the file is in the format of MACER's code; --normalization dataset otherwise"
+        reason = "assumed, since the file has the format of MACER's code; --normalization dataset otherwise"
         return Normalization(None, None, reason, sure=False)
-    reason = "the data set's, assumed: nothing in the file tells; --normalization none if it was trained without"
+    reason = "the data set's, assumed, since the file does not say; --normalization none if it was trained without"
     return Normalization(spec.mean, spec.std, reason, sure=False)
 
 
@@ -104,7 +104,7 @@ def _from_file(wanted: str, constants: Constants, spec: DataSpec, path: Path) ->
     channels = spec.shape[0]
     mean, std = (values * channels if len(values) == 1 else values for values in constants)
     if not len(mean) == len(std) == channels:
-        raise InputError(f"{path} normalises {len(mean)} channels, and the images of the data set have {channels}")
+        raise InputError(f"{path} normalises {len(mean)} channels, but the images of the data set have {channels}")
     same = spec.mean is not None and spec.std is not None and _close(mean, spec.mean) and _close(std, spec.std)
     if wanted == "none" or (wanted == "dataset" and not same):
         raise InputError(
