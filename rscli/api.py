@@ -303,8 +303,9 @@ class Loss(Plugin):
     def setup(self, context: TrainContext) -> Mapping[str, Tensor]:
         """What the loss needs to keep, by name, prepared once before the first step: soft labels by index, a teacher's weights.
 
-        The host hands it to every step as `TrainStep.state`, saves it in checkpoints (a resumed run does not set up again), and
-        records its digest in the model file. May raise `rscli.errors.InputError` for what the user can fix.
+        The host hands it to every step as `TrainStep.state`, saves it beside the checkpoint (a resumed run does not set up
+        again), and records its digest in the model file. It is saved again when a tensor was changed by torch's operations in
+        place; changes through `.data` or numpy go unnoticed. May raise `rscli.errors.InputError` for what the user can fix.
         """
         return {}
 
@@ -525,9 +526,9 @@ class Normalization(BaseModel):
 class Part(BaseModel):
     """An architecture as a hyper-parameter of another: a section, with the `name` of an architecture plugin and its fields.
 
-    A configuration says it as a table, `{name = "cifar-resnet", depth = 20}`, or by the name alone, `"lenet"`. The host looks the
-    plugin up in the registry, checks the fields, fills in the others, and records where the plugin came from.
-    `normalization` is set where this network has other constants than those of the data; the key is the host's own.
+    A configuration says it as a table, `{name = "cifar-resnet", depth = 20}`, or by the name alone, `"lenet"`. The host looks
+    the plugin up in the registry, checks the fields, fills in the others, and records where the plugin came from.
+    `normalization` is given where this network has other constants than those of the data; the key is the host's own.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -585,7 +586,7 @@ class Composite(Architecture):
 
 
 def parts_of(plugin: Plugin) -> Iterator[Part]:
-    """The architectures that a plugin holds as hyper-parameters, in the order of its fields; those inside of them are not told."""
+    """The architectures that a plugin holds as hyper-parameters, in the order of its fields, without those inside of them."""
     for name in type(plugin).model_fields:
         yield from _parts(getattr(plugin, name))
 

@@ -51,7 +51,7 @@ def compose(arch: str, *, sigma: float | None = None, **fields: Any) -> Smoothed
 
 
 def _loaded(model: SmoothedClassifier | Path | str) -> SmoothedClassifier:
-    return model if isinstance(model, SmoothedClassifier) else load(model)
+    return load(model) if isinstance(model, str | Path) else model
 
 
 def read_results(path: Path | str) -> Results:

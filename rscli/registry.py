@@ -147,7 +147,7 @@ class PartReader:
         self.registry, self.count = registry, 0
 
     def __call__(self, section: Any) -> dict[str, Any]:
-        """The full section. Raises `PluginError` if there are too many, and `ValueError`, for its field, if it does not hold."""
+        """The full section. Raises `PluginError` if there are too many, `ValueError`, for the field, if it does not hold."""
         self.count += 1
         if self.count > MOST_PARTS:  # no ValueError, after which pydantic would go on to the next
             raise PluginError(f"there are more than {MOST_PARTS:,} architectures inside it", "Use fewer.")

@@ -56,12 +56,12 @@ def ensemble(
 def _fields(texts: list[str]) -> dict[str, Any]:
     """The fields of the ensemble in `--set arch.KEY=VALUE`. Raises `ConfigError` for any other key."""
     from rscli.config.layers import read_sets
-    from rscli.config.settings import Setting
+    from rscli.config.settings import Setting, Settings
     from rscli.errors import ConfigError
     from rscli.models.compose import ENSEMBLES
     from rscli.registry import installed
 
-    lower = {("arch", "name"): Setting(installed().default(ENSEMBLES), "default")}
+    lower: Settings = {("arch", "name"): Setting(installed().default(ENSEMBLES), "default")}
     chosen, problems = read_sets(texts, lower, {"arch": "architectures"})
     for key in chosen:
         if len(key) != 2 or key[0] != "arch" or key[1] in ("name", "members"):

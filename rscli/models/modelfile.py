@@ -227,6 +227,7 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     out = {}
     for name, tensor in tensors.items():
-        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        memory = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     return out

@@ -112,7 +112,9 @@ class SmoothedClassifier(Smoothed):
         written = installed().build("noises", {**card.noise, "sigma": self.sigma})
         known = (card.spec.class_names, card.spec.shape, card.spec.test_transform)
         if written != self.noise or known != (self.class_names, self.shape, self.transform):
-            where = "what rscli.compose gave" if self.source is None else f"a classifier of rscli.load({str(self.source.path)!r})"
+            where = (
+                "what rscli.compose gave" if self.source is None else f"a classifier of rscli.load({str(self.source.path)!r})"
+            )
             raise InputError(
                 "the noise, class names, input shape or transform are not those of the model file that this came from",
                 f"Change them in {where}; only sigma may be another one.",

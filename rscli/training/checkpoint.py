@@ -1,8 +1,8 @@
 """What a training checkpoint must hold: what was saved, to the bit; values of the right types; all of this run and its data.
 
 A checkpoint carries a digest over everything in it, and says what data it was trained on. What the loss keeps is in a file of
-its own (`rscli.training.loss_state`); in format 2, of older versions, it is inside. One of format 1 has neither digest nor data:
-it is still read, and cannot be verified.
+its own (`rscli.training.loss_state`); in format 2, of older versions, it is inside. One of format 1 has neither digest nor
+data: it is still read, and cannot be verified.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class LossStateFile:
         return {**rest, KEY: self._entry}
 
     def take(self, state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-        """The `state` of a checkpoint with the tensors of the loss. Raises `InputError` if their file is not what was written."""
+        """The `state` of a checkpoint with the loss's tensors. Raises `InputError` if their file is not what was written."""
         entry = state.get(KEY)
         if entry is None:
             return state
@@ -77,7 +77,9 @@ class LossStateFile:
 
     def _unchanged(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether these are the tensors that were last seen, and no operation has changed one since; without reading them."""
-        return self._known.keys() == tensors.keys() and all(
+        if self._known.keys() != tensors.keys() or not (self.folder / self._entry["name"]).exists():
+            return False
+        return all(
             kept is tensors[name] and version is not None and version == _version(kept)
             for name, (kept, version) in self._known.items()
         )
@@ -85,18 +87,20 @@ class LossStateFile:
     def _written(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """The entry of the file with these tensors, which is written unless it is the one that is there."""
         digest = tensor_digest(tensors)
-        if digest == self._entry.get("digest"):
-            return self._entry
         path = self.folder / f"loss-{digest[:16]}.safetensors"
+        entry = {"name": path.name, "digest": digest}
+        if entry == self._entry and path.exists():  # a run that goes on: these are the file's
+            return entry
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             content = save(unshared(whole))
         except (KeyError, SafetensorError, ValueError) as cause:
             kinds = ", ".join(sorted({str(tensor.dtype) for tensor in whole.values()}))
-            raise PluginError(f"what the loss keeps cannot be saved ({kinds}): {cause}", "Keep tensors of real numbers.") from cause
+            hint = "Keep dense tensors of real numbers."
+            raise PluginError(f"what the loss keeps cannot be saved ({kinds}): {cause}", hint) from cause
         with replacing(path) as beside:
             beside.write_bytes(content)
-        return {"name": path.name, "digest": digest}
+        return entry
 
 
 def _version(tensor: Tensor) -> int | None:
