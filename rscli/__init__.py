@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from rscli.python import SmoothedClassifier, compare, load, read_results, save
+    from rscli.python import SmoothedClassifier, compare, compose, ensemble, load, read_results, save
 
-__all__ = ["SmoothedClassifier", "__version__", "compare", "load", "read_results", "save"]
+__all__ = ["SmoothedClassifier", "__version__", "compare", "compose", "ensemble", "load", "read_results", "save"]
 
 
 def __getattr__(name: str) -> Any:

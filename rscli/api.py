@@ -23,7 +23,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from rscli.image_files import (
     COMMON_SUFFIXES,
@@ -50,6 +59,9 @@ A plugin may state the version it was written for (`Plugin.api_version`); the ho
 
 ABSTAIN = -1
 """The class that a certificate names when it abstains."""
+
+MOST_PARTS = 1000
+"""Architectures inside another one, at every depth together, at most."""
 
 MOST_CLASSES = 1_000_000
 LARGEST_SIDE = 65_536
@@ -324,8 +336,9 @@ class Loss(Plugin):
         """What the loss needs to keep, tensors of any shape by name, prepared once before the first step: soft labels by index
         (images, classes), say, or a teacher's weights.
 
-        The host hands it to every step as `TrainStep.state`, saves it in checkpoints (a resumed run does not set up again), and
-        records its digest in the model file. May raise `rscli.errors.InputError` for what the user can fix.
+        The host hands it to every step as `TrainStep.state`, saves it beside the checkpoint (a resumed run does not set up
+        again), and records its digest in the model file. It is saved again when a tensor was changed by torch's operations in
+        place; changes through `.data` or numpy go unnoticed. May raise `rscli.errors.InputError` for what the user can fix.
         """
         return {}
 
@@ -517,6 +530,9 @@ class Architecture(Plugin):
     normalizes: ClassVar[bool] = False
     """Whether the network takes pixels in [0, 1] as they are. If not, the host puts the normalisation of the data in front, as
     a layer."""
+    gives: ClassVar[Literal["logits", "images"]] = "logits"
+    """What the network gives: logits (batch, classes), or images of the shape of its input in [0, 1] pixels, as a denoiser
+    does. One that gives images takes pixels as they are, and is used as a part of another architecture."""
     field_names: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """What other code calls networks of this kind, with the fields that make them: `{"cifar_resnet110": {"depth": 110}}`."""
 
@@ -533,6 +549,93 @@ class Architecture(Plugin):
         eval mode, from several threads at once. Raises `rscli.errors.InputError` when it cannot take that shape.
         """
         raise NotImplementedError
+
+
+class Normalization(BaseModel):
+    """The constants of a normalisation (x - mean) / std per channel, in [0, 1] pixels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    mean: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...]
+    std: tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...]
+
+
+class Part(BaseModel):
+    """An architecture as a hyper-parameter of another: a section, with the `name` of an architecture plugin and its fields.
+
+    A configuration says it as a table, `{name = "cifar-resnet", depth = 20}`, or by the name alone, `"lenet"`. The host looks
+    the plugin up in the registry, checks the fields, fills in the others, and records where the plugin came from.
+    `normalization` is given where this network has other constants than those of the data; the key is the host's own.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = Field(min_length=1, max_length=500)
+    normalization: Normalization | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_full(cls, given: Any, info: ValidationInfo) -> Any:
+        """The section with all fields of its plugin, as the host reads it; as it stands where no host is. A text is a name."""
+        read = (info.context or {}).get(READ_PART)
+        return given if read is None or isinstance(given, cls) else read({"name": given} if isinstance(given, str) else given)
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "normalization" or value is not None}
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The section, as a configuration says it: `name` and the fields."""
+        return {"name": self.name, **(self.model_extra or {})}
+
+
+READ_PART = "read_part"
+"""Where the host puts, in pydantic's validation context, what turns the section of a `Part` into a full one."""
+
+
+class Parts(ABC):
+    """Builds the parts of a composite architecture. `weights` as in `Architecture.build`."""
+
+    weights: bool
+
+    @abstractmethod
+    def build(self, part: Part, spec: DataSpec, *, gives: Literal["logits", "images"] = "logits") -> nn.Module:
+        """The network of `part` for the data of `spec`. It takes pixels in [0, 1]: its normalisation is inside.
+
+        That is the one of `spec`, or of `part.normalization`, or what the network does by itself (`Architecture.normalizes`).
+        It gives logits (batch, classes), or images of `spec.shape`, and was tried. Raises `rscli.errors.InputError` if the
+        architecture gives something else than is asked for, or does not take that shape.
+        """
+
+
+class Composite(Architecture):
+    """An architecture made of others, which its fields of the type `Part` (or tuples of it) hold: override `compose`."""
+
+    normalizes: ClassVar[bool] = True
+
+    def compose(self, spec: DataSpec, parts: Parts) -> nn.Module:
+        """The network from images of `spec.shape`, in [0, 1] pixels, to logits: of the networks that `parts.build` gives.
+
+        Everything else is as for `Architecture.build`, which is not called.
+        """
+        raise NotImplementedError
+
+
+def parts_of(plugin: Plugin) -> Iterator[Part]:
+    """The architectures that a plugin holds as hyper-parameters, in the order of its fields, without those inside of them."""
+    for name in type(plugin).model_fields:
+        yield from _parts(getattr(plugin, name))
+
+
+def _parts(value: Any) -> Iterator[Part]:
+    if isinstance(value, Part):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item)
+    elif isinstance(value, Mapping):
+        yield from _parts(list(value.values()))
 
 
 # --- data sets ---------------------------------------------------------------------------------------------------------------
@@ -805,6 +908,7 @@ __all__ = [
     "Callback",
     "Certificate",
     "Certifier",
+    "Composite",
     "DataSpec",
     "Dataset",
     "Decision",
@@ -818,7 +922,10 @@ __all__ = [
     "MemoryImages",
     "Noise",
     "NoisyLoss",
+    "Normalization",
     "Optimizer",
+    "Part",
+    "Parts",
     "Plan",
     "Plugin",
     "Position",
@@ -835,6 +942,7 @@ __all__ = [
     "has_images",
     "list_images",
     "loose_images",
+    "parts_of",
     "skipped_text",
     "unit",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rscli.models import compose as composing
 from rscli.report.comparison import Comparison
 from rscli.report.summary import compare as _compare
 from rscli.results.reader import Results
@@ -23,6 +24,36 @@ def save(model: SmoothedClassifier, path: Path | str) -> None:
     model.save(path)
 
 
+def ensemble(
+    models: Sequence[SmoothedClassifier | Path | str], *, sigma: float | None = None, **fields: Any
+) -> SmoothedClassifier:
+    """The ensemble of `models` (or of their files), whose logits are the mean of theirs; `save` writes a model file of it.
+
+    They must agree in classes, input shape, test transform and noise; `sigma`, in [0, 1] pixels, where theirs differ. `fields`
+    are further ones of the architecture `ensemble`. Raises as `compose` does.
+    """
+    return SmoothedClassifier.of(composing.ensemble([_loaded(one) for one in models], fields, sigma=sigma))
+
+
+def compose(arch: str, *, sigma: float | None = None, **fields: Any) -> SmoothedClassifier:
+    """A classifier of the composite architecture `arch`, put together of models; `save` writes a model file of it.
+
+    `fields` are its hyper-parameters. Those that hold architectures take models that came from model files, or pairs
+    (network, section): a network in memory, and the architecture plugin, by name or as a section, that has its tensors:
+
+        rscli.compose("denoised", denoiser=(network, "dncnn"), classifier=rscli.load("model.safetensors"), sigma=0.25)
+
+    The weights are copied. Classes, shape, transform, noise and data are those of the models; `sigma` is in [0, 1] pixels.
+
+    Raises `InputError` for models that do not agree, do not fit, or came from no file; `ConfigError` for other fields.
+    """
+    return SmoothedClassifier.of(composing.compose(arch, fields, sigma=sigma))
+
+
+def _loaded(model: SmoothedClassifier | Path | str) -> SmoothedClassifier:
+    return load(model) if isinstance(model, str | Path) else model
+
+
 def read_results(path: Path | str) -> Results:
     """The rows of a result file (ours, or of the field's other tools), as arrays. Raises `InputError` for a broken one."""
     return _read_results(Path(path))
@@ -37,4 +68,4 @@ def compare(results: Sequence[Results | Path | str], **options: Any) -> Comparis
     return _compare([one if isinstance(one, Results) else read_results(one) for one in results], **options)
 
 
-__all__ = ["SmoothedClassifier", "compare", "load", "read_results", "save"]
+__all__ = ["SmoothedClassifier", "compare", "compose", "ensemble", "load", "read_results", "save"]

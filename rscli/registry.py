@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rscli.api import API_VERSION, KINDS, Plugin, Provenance
+from rscli.api import API_VERSION, KINDS, MOST_PARTS, READ_PART, Plugin, Provenance, fields_of, parts_of
 from rscli.distributions import Problem, environment, normalised
 from rscli.errors import PluginError, RscliError, did_you_mean, reason
 
@@ -99,8 +99,8 @@ class Registry:
         """
         return load_entry(self.find(kind, name)[0])
 
-    def build(self, kind: str, section: Mapping[str, Any]) -> Plugin:
-        """A plugin from a configuration section: `name`, and its fields.
+    def build(self, kind: str, section: Mapping[str, Any], parts: PartReader | None = None) -> Plugin:
+        """A plugin from a configuration section: `name`, and its fields; `parts` reads the architectures inside of it.
 
         Raises `PluginError` as `load` does, and pydantic's `ValidationError` if the fields do not fit.
         """
@@ -112,7 +112,7 @@ class Registry:
                 raise PluginError(f"{entry} takes no variant, so {section['name']!r} means nothing", f"Write {entry.name!r}.")
             fields = {plugin.variant: variant, **fields}
         try:
-            return plugin(**fields)
+            return plugin.model_validate(fields, context={READ_PART: parts or PartReader(self)})
         except (ValidationError, RscliError):
             raise
         except Exception as cause:  # a validator of the plugin's own
@@ -122,6 +122,48 @@ class Registry:
         """Which package, in which version, provides the plugin. Raises `PluginError` as `find` does."""
         entry, _ = self.find(kind, name)
         return Provenance(kind, entry.name, entry.package, entry.version)
+
+    def full_section(self, kind: str, name: str, plugin: Plugin) -> dict[str, Any]:
+        """A plugin's section in full; what the name says (timm/resnet18) is not said again."""
+        _, variant = self.find(kind, name)
+        said = {plugin.variant} if variant is not None else set()
+        return {"name": name, **{field: value for field, value in fields_of(plugin).items() if field not in said}}
+
+    def part_provenance(self, plugin: Plugin) -> list[Provenance]:
+        """Where the architectures inside a plugin came from, at every depth; each once. Raises `PluginError` as `find` does."""
+        found: dict[Provenance, None] = {}
+        for part in parts_of(plugin):
+            found[self.provenance("architectures", part.name)] = None
+            found |= dict.fromkeys(self.part_provenance(self.build("architectures", part.section)))
+        return list(found)
+
+
+class PartReader:
+    """Reads the architectures inside a plugin's fields, at every depth: builds each, and gives its section in full."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry, self.count = registry, 0
+
+    def __call__(self, section: Any) -> dict[str, Any]:
+        """The full section. Raises `PluginError` if there are too many, `ValueError`, for the field, if it does not hold."""
+        self.count += 1
+        if self.count > MOST_PARTS:  # no ValueError, after which pydantic would go on to the next
+            raise PluginError(f"there are more than {MOST_PARTS:,} architectures inside it", "Use fewer.")
+        if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
+            raise ValueError("must name an architecture: {name = NAME, ...}")
+        kept = {key: section[key] for key in ("normalization",) if key in section}
+        name, plugin = self.build({key: value for key, value in section.items() if key not in kept})
+        return {**self.registry.full_section("architectures", name, plugin), **kept}
+
+    def build(self, section: Mapping[str, Any]) -> tuple[str, Plugin]:
+        """The name that is recorded, and the plugin."""
+        try:
+            return str(section["name"]), self.registry.build("architectures", section, self)
+        except PluginError as cause:
+            raise ValueError(str(cause).replace("\n", ". ")) from cause
+        except ValidationError as cause:
+            told = [f"{'.'.join(map(str, each['loc']))}: {_rule(each['msg'])}" for each in cause.errors(include_url=False)]
+            raise ValueError(f"{section['name']!r} does not take its fields ({'; '.join(told[:10])})") from cause
 
 
 _announced: dict[Entry, type[Plugin]] = {}
@@ -221,6 +263,11 @@ def _choice(found: list[Entry], name: str) -> str:
     if len(packages) == 1:
         return f"Install {found[0].package} again: it announces one name for {' and '.join(e.target for e in found)}."
     return f"Write {' or '.join(f'{entry.package}:{name}' for entry in found)}."
+
+
+def _rule(message: str) -> str:
+    """What pydantic says of a field, as a rule."""
+    return message.removeprefix("Value error, ").replace("Input should ", "must ").replace("Extra inputs are", "is")
 
 
 def _split(name: str) -> tuple[str, str | None]:

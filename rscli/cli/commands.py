@@ -12,6 +12,7 @@ from rscli.cli import boundary
 from rscli.cli.certify import certify
 from rscli.cli.compare import compare
 from rscli.cli.doctor import doctor
+from rscli.cli.ensemble import ensemble
 from rscli.cli.import_ import import_
 from rscli.cli.plugins import plugins
 from rscli.cli.predict import predict
@@ -48,7 +49,7 @@ def root(
         os.environ[boundary.DEBUG] = "1"
 
 
-for command in (train, certify, predict, compare, doctor):
+for command in (train, certify, predict, compare, ensemble, doctor):
     app.command()(boundary.boundary(command))
 app.command("import")(boundary.boundary(import_))
 app.add_typer(plugins, name="plugins")

@@ -121,7 +121,8 @@ def _field(key: str, plugin: type[Plugin]) -> dict[str, Any]:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = " and ".join(f"{sign} {field[name]:g}" for name, sign in signs.items() if name in field)
     options = [part.get("type", "any") for part in field.get("anyOf", [])]
-    kind = " | ".join(map(str, field["enum"])) if "enum" in field else " or ".join(options) or field.get("type", "any")
+    plain = field.get("type", "section" if "$ref" in field else "any")
+    kind = " | ".join(map(str, field["enum"])) if "enum" in field else " or ".join(options) or plain
     return {
         "name": key,
         "type": kind,

@@ -222,6 +222,7 @@ def _assemble(
     found = registry.installed()
     provenance = [found.provenance(SECTIONS[name], names[name]) for name in plugins]
     provenance += [found.provenance(group, name) for group, built in groups.items() for name in built]
+    provenance += [one for plugin in plugins.values() for one in found.part_provenance(plugin) if one not in provenance]
     return Resolved(config, plugins, groups, origins, provenance, preset, notes)
 
 
@@ -318,9 +319,7 @@ def _check_chunks(head: TrainConfig, loss: Loss, problems: Problems) -> None:
 
 def full_section(section: str, name: str, plugin: Plugin) -> dict[str, Any]:
     """A plugin's section in full; what the name says (timm/resnet18) is not said again."""
-    _, variant = registry.installed().find(SECTIONS[section], name)
-    said = {plugin.variant} if variant is not None else set()
-    return {"name": name, **{field: value for field, value in fields_of(plugin).items() if field not in said}}
+    return registry.installed().full_section(SECTIONS[section], name, plugin)
 
 
 def _origin(key: Key, settings: Settings) -> str:

@@ -44,21 +44,26 @@ def flatten(values: Mapping[str, Any], source: str) -> Settings:
 
 
 def stack(lower: Settings, higher: Settings) -> Settings:
-    """`higher` over `lower`: fields of a plugin that `higher` replaces by another are dropped."""
-    renamed = {
-        section
-        for section in SECTIONS
-        if (name := (section, "name")) in higher and name in lower and _others(section, higher[name].value, lower[name].value)
-    }
-    return _overlay({key: setting for key, setting in lower.items() if key[0] not in renamed}, higher)
+    """`higher` over `lower`: fields of a plugin that `higher` replaces by another are dropped.
+
+    A table inside a section that has a `name` is taken for a plugin, too: the architectures that another one is made of.
+    """
+    replaced = [
+        key[:-1]
+        for key, setting in higher.items()
+        if key[-1] == "name" and key[0] in SECTIONS and key in lower and _others(key, setting.value, lower[key].value)
+    ]
+    kept = {key: setting for key, setting in lower.items() if not any(key[: len(table)] == table for table in replaced)}
+    return _overlay(kept, higher)
 
 
-def _others(section: str, one: Any, other: Any) -> bool:
+def _others(key: Key, one: Any, other: Any) -> bool:
     """Whether two names mean different plugins, or variants: `rscli:step` and `step` may be the same."""
     if one == other:
         return False
+    kind = SECTIONS[key[0]]
     try:
-        return installed().find(SECTIONS[section], str(one)) != installed().find(SECTIONS[section], str(other))
+        return installed().find(kind, str(one)) != installed().find(kind, str(other))
     except PluginError:
         return True
 

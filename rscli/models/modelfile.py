@@ -28,7 +28,7 @@ from rscli.models.card import FORMAT, ModelCard
 from rscli.models.network import Classifier, build_classifier, no_larger_than
 from rscli.models.smoothed import Smoothed, Source
 from rscli.plugin_files import from_file
-from rscli.registry import Registry, installed
+from rscli.registry import PartReader, Registry, installed
 from rscli.runtime.files import explained, open_regular, replacing
 
 
@@ -38,7 +38,7 @@ def save_model(path: Path, classifier: Classifier, card: ModelCard) -> None:
     card = card.model_copy(update={"sha256": content_digest(tensors, card.model_dump(mode="json"))})
     # one key: safetensors writes several in an order that changes from run to run
     metadata = {"rscli": _canonical(card.model_dump(mode="json"))}
-    data = save(_unshared(tensors), metadata=metadata)
+    data = save(unshared(tensors), metadata=metadata)
     with replacing(path) as beside:
         beside.write_bytes(data)
 
@@ -58,9 +58,8 @@ def load_model(path: Path) -> Smoothed:
             f"{path} was changed or damaged after it was written: its weights and description do not match its digest",
             "Copy it again, or train again.",
         )
-    registry = installed()
-    architecture = cast(Architecture, _plugin(registry, "architectures", card.arch, card, path))
-    noise = cast(Noise, _plugin(registry, "noises", card.noise, card, path))
+    architecture = cast(Architecture, recorded_plugin("architectures", card.arch, card, str(path))[1])
+    noise = cast(Noise, recorded_plugin("noises", card.noise, card, str(path))[1])
     classifier = _rebuilt(architecture, card, tensors, path)
     return Smoothed(
         classifier.eval(),
@@ -73,10 +72,10 @@ def load_model(path: Path) -> Smoothed:
 
 
 def card_of(model: Smoothed) -> ModelCard:
-    """What the model file of `model` says of itself. Raises `InputError` if it came from no model file."""
-    if model.source is None:
+    """What a model file of `model` says of itself. Raises `InputError` if it came from none, and is not composed of such."""
+    if model.card is None:
         raise InputError("this classifier was not loaded from a model file, so nothing describes it")
-    return model.source.card
+    return model.card
 
 
 def read_card(path: Path) -> ModelCard:
@@ -168,34 +167,68 @@ def _card(path: Path, text: str) -> ModelCard:
         ) from cause
 
 
-def _plugin(registry: Registry, kind: str, section: Mapping[str, Any], card: ModelCard, path: Path) -> Plugin:
-    """The plugin of `section`, taken from the package that the card names."""
-    name = str(section["name"])
-    maker = next((p for p in card.plugins if p["kind"] == kind), None)
+class _RecordedParts(PartReader):
+    """Reads the architectures inside another one from the packages that a model file's card names."""
+
+    def __init__(self, registry: Registry, card: ModelCard, where: str) -> None:
+        super().__init__(registry)
+        self.card, self.where = card, where
+
+    def build(self, section: Mapping[str, Any]) -> tuple[str, Plugin]:
+        return _plugin(self, "architectures", section)
+
+
+def recorded_plugin(kind: str, section: Mapping[str, Any], card: ModelCard, where: str) -> tuple[str, Plugin]:
+    """The plugin of a `section` of a card, taken from the package that the card names, and its name with that package.
+
+    Raises `PluginError` if it is not installed, another file, or takes other fields; `where` is what was read.
+    """
+    return _plugin(_RecordedParts(installed(), card, where), kind, section)
+
+
+def _plugin(reader: _RecordedParts, kind: str, section: Mapping[str, Any]) -> tuple[str, Plugin]:
+    registry, name = reader.registry, str(section["name"])
+    maker = _maker(reader.card, kind, name)
     qualified = f"{maker['package']}:{name}" if maker and ":" not in name else name
     try:
-        plugin = registry.build(kind, {**section, "name": qualified})
+        plugin = registry.build(kind, {**section, "name": qualified}, reader)
         here = registry.provenance(kind, qualified).version
         if maker and from_file(maker["version"]) and here != maker["version"]:
             raise PluginError(f"the file {maker['package']} that was given is a different one ({here})")
-        return plugin
+        return qualified, plugin
+    except _PartError:
+        raise
     except PluginError as cause:
         hint = cause.hint
         if maker and from_file(maker["version"]):
             hint = f"It comes from the file {maker['package']} with {maker['version']}: pass that file with --plugin."
         elif maker:
             hint = f"It was written with {maker['package']} {maker['version']}: pip install {maker['package']}."
-        raise PluginError(f"{path} needs the {kind} plugin {name!r}: {cause.message}", hint) from cause
+        raise _PartError(f"{reader.where} needs the {kind} plugin {name!r}: {cause.message}", hint) from cause
     except ValidationError as cause:
         fields = "; ".join(faults(cause)[:10])
-        raise PluginError(f"the {kind} plugin {name!r} does not accept the fields that {path} records: {fields}") from cause
+        text = f"the {kind} plugin {name!r} does not accept the fields that {reader.where} records: {fields}"
+        raise _PartError(text) from cause
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+class _PartError(PluginError):
+    """What is wrong with one plugin of a card, said in full: the plugin around it has nothing to add."""
+
+
+def _maker(card: ModelCard, kind: str, name: str) -> Mapping[str, str] | None:
+    """Where the card says that a plugin came from: the package that is named, or else the first with one of that name."""
+    package, _, rest = name.rpartition(":")
+    names = (rest, rest.partition("/")[0])
+    found = [maker for maker in card.plugins if maker["kind"] == kind and maker["name"] in names]
+    return next((maker for maker in found if package in ("", maker["package"])), None)
+
+
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors that share their memory with another, which safetensors does not write."""
     seen: set[int] = set()
     out = {}
     for name, tensor in tensors.items():
-        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        memory = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     return out

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from rscli.api import Architecture, DataSpec
+from rscli.api import Architecture, Composite, DataSpec, Part, Parts
 from rscli.config.settings import shortened
 from rscli.errors import InputError
-from rscli.runtime.guard import broken, calling
+from rscli.registry import installed
+from rscli.runtime.guard import broken, calling, described
 
 LARGE = 2**23
 """Values of an image above which a new network is tried without memory."""
@@ -62,24 +64,76 @@ class Classifier(nn.Module):
         return logits
 
 
-def build_classifier(architecture: Architecture, spec: DataSpec, *, weights: bool = True) -> Classifier:
+class HostParts(Parts):
+    """Builds the parts of one composite architecture from the registry: each is tried, with its normalisation in front."""
+
+    def __init__(self, weights: bool) -> None:
+        self.weights = weights
+        self.built: list[tuple[Part, nn.Module]] = []
+        """Every part that was asked for, and its network without the normalisation in front."""
+
+    def build(self, part: Part, spec: DataSpec, *, gives: Literal["logits", "images"] = "logits") -> nn.Module:
+        """The network of `part`: see `rscli.api.Parts`."""
+        architecture = cast(Architecture, installed().build("architectures", part.section))
+        if architecture.gives != gives:
+            hint = f"Name an architecture that gives {gives} (`rscli plugins` lists them)."
+            raise InputError(f"{part.name!r} gives {architecture.gives}, and a part that gives {gives} is wanted", hint)
+        classifier = _built(architecture, _normalized(spec, part, architecture), HostParts(self.weights))
+        self.built.append((part, classifier.network))
+        return classifier if gives == "logits" else classifier.network
+
+
+def build_classifier(
+    architecture: Architecture, spec: DataSpec, *, weights: bool = True, parts: HostParts | None = None
+) -> Classifier:
     """A freshly initialised classifier for the data of `spec`; without `weights`, nothing pretrained is fetched.
 
-    Raises `PluginError` if the network does not turn a batch of the announced shape into finite logits (batch, classes).
+    Raises `PluginError` if the network, or a part of it (they are built by `parts`), does not turn a batch of the announced
+    shape into finite logits (batch, classes), and `InputError` for an architecture that gives no logits.
     """
-    classes = len(spec.class_names)
-    with calling(architecture, "build"):
-        network = architecture.build(spec, weights=weights)
+    if architecture.gives != "logits":
+        hint = "It can be a part of a classifier: of an architecture that puts it in front of another one."
+        raise InputError(f"{described(architecture)} gives {architecture.gives}, and is no classifier by itself", hint)
+    return _built(architecture, spec, parts or HostParts(weights))
+
+
+def _built(architecture: Architecture, spec: DataSpec, parts: HostParts) -> Classifier:
+    """The network of an architecture, tried, behind its normalisation; one that gives images has none."""
+    method = "compose" if isinstance(architecture, Composite) else "build"
+    with calling(architecture, method):
+        if isinstance(architecture, Composite):
+            network = architecture.compose(spec, parts)
+        else:
+            network = architecture.build(spec, weights=parts.weights)
     if not isinstance(network, nn.Module):
-        raise broken(architecture, "build", f"returned {network!r:.80}, which is not a torch module")
-    classifier = Classifier(network, spec, normalizes=architecture.normalizes)
+        raise broken(architecture, method, f"returned {network!r:.80}, which is not a torch module")
+    images = architecture.gives == "images"
+    classifier = Classifier(network, spec, normalizes=architecture.normalizes or images)
     classifier.eval()
-    with calling(architecture, "build: the forward of its network"):
+    with calling(architecture, f"{method}: the forward of its network"):
         shape = _trial(classifier, spec.shape)
     classifier.train()
-    if shape != (2, classes):
-        raise broken(architecture, "build", f"made a network that gives logits of shape {shape}, not {(2, classes)}")
+    wanted = (2, *spec.shape) if images else (2, len(spec.class_names))
+    if shape != wanted:
+        raise broken(architecture, method, f"made a network that gives {architecture.gives} of shape {shape}, not {wanted}")
     return classifier
+
+
+def _normalized(spec: DataSpec, part: Part, architecture: Architecture) -> DataSpec:
+    """`spec` with the part's own constants, if it has any; those of a composite one are for what is inside.
+
+    Raises `InputError` if they do not belong to it.
+    """
+    constants = part.normalization
+    if constants is None:
+        return spec
+    as_they_are = architecture.normalizes and not isinstance(architecture, Composite)
+    if as_they_are or architecture.gives == "images":
+        raise InputError(f"{part.name!r} takes pixels as they are, and is given a normalization", "Leave that out.")
+    if not len(constants.mean) == len(constants.std) == spec.shape[0]:
+        counts = f"{len(constants.mean)} means and {len(constants.std)} stds"
+        raise InputError(f"the normalization of {part.name!r} has {counts}, for images of {spec.shape[0]} channels")
+    return spec.model_copy(update={"mean": constants.mean, "std": constants.std})
 
 
 def _trial(classifier: Classifier, shape: tuple[int, int, int]) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ class Smoothed:
 
     `network` takes images (batch, channel, height, width) with pixels in [0, 1], its normalisation included, and gives logits
     (batch, classes). `shape` (channel, height, width) and the test `transform` say what images it wants, as far as known;
-    `source` is the model file that it came from, if any.
+    `source` is the model file that it came from, if any; `card` is what a model file would say of it, if that is known.
     """
 
     def __init__(
@@ -40,9 +40,11 @@ class Smoothed:
         shape: tuple[int, int, int] | None = None,
         transform: Transform | None = None,
         source: Source | None = None,
+        card: ModelCard | None = None,
     ) -> None:
         self.network, self.noise, self.class_names = network, noise, class_names
         self.shape, self.transform, self.source = shape, transform, source
+        self.card = source.card if card is None and source is not None else card
 
     @property
     def classes(self) -> int:

@@ -20,6 +20,7 @@ from rscli.config.settings import flatten
 from rscli.data.splits import to_unit
 from rscli.data.transforms import load_image
 from rscli.errors import InputError
+from rscli.models.card import ModelCard
 from rscli.models.modelfile import card_of, load_model, save_model
 from rscli.models.network import Classifier
 from rscli.models.smoothed import Smoothed, Source
@@ -55,6 +56,7 @@ class SmoothedClassifier(Smoothed):
         input_shape: tuple[int, int, int] | None = None,
         transform: Transform | None = None,
         source: Source | None = None,
+        card: ModelCard | None = None,
     ) -> None:
         """`network` takes images (batch, channel, height, width) with pixels in [0, 1], and gives logits (batch, classes).
 
@@ -74,13 +76,17 @@ class SmoothedClassifier(Smoothed):
         names = tuple(map(str, range(class_names))) if isinstance(class_names, int) else tuple(class_names)
         if not names:
             raise InputError("a classifier needs at least one class", f"Give class_names; they are {class_names!r}.")
-        super().__init__(network, found, names, shape=input_shape, transform=transform, source=source)
+        super().__init__(network, found, names, shape=input_shape, transform=transform, source=source, card=card)
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
         """The classifier in a model file, or in a run folder. Raises `InputError` and `PluginError` as `rscli certify` does."""
         path = Path(path)
-        found = load_model(path / "model.safetensors" if path.is_dir() else path)
+        return cls.of(load_model(path / "model.safetensors" if path.is_dir() else path))
+
+    @classmethod
+    def of(cls, found: Smoothed) -> Self:
+        """A smoothed classifier with the methods of this class."""
         return cls(
             found.network,
             noise=found.noise,
@@ -88,6 +94,7 @@ class SmoothedClassifier(Smoothed):
             input_shape=found.shape,
             transform=found.transform,
             source=found.source,
+            card=found.card,
         )
 
     def save(self, path: Path | str) -> None:
@@ -95,7 +102,7 @@ class SmoothedClassifier(Smoothed):
 
         Raises `InputError` for a network in memory: nothing says how it could be built again.
         """
-        if self.source is None or not isinstance(self.network, Classifier):
+        if self.card is None or not isinstance(self.network, Classifier):
             raise InputError(
                 "this network is not built from an architecture plugin, so a model file could not say how to build it again",
                 "Save its weights with torch.save(network.state_dict(), FILE), and turn them into a model file with "
@@ -105,9 +112,12 @@ class SmoothedClassifier(Smoothed):
         written = installed().build("noises", {**card.noise, "sigma": self.sigma})
         known = (card.spec.class_names, card.spec.shape, card.spec.test_transform)
         if written != self.noise or known != (self.class_names, self.shape, self.transform):
+            where = (
+                "what rscli.compose gave" if self.source is None else f"a classifier of rscli.load({str(self.source.path)!r})"
+            )
             raise InputError(
                 "the noise, class names, input shape or transform differ from those of the model file that was loaded",
-                f"Start again from rscli.load({str(self.source.path)!r}), and change nothing but sigma.",
+                f"Start again from {where}, and change nothing but sigma.",
             )
         save_model(Path(path), self.network, card.model_copy(update={"noise": {**card.noise, "sigma": self.sigma}}))
 

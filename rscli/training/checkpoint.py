@@ -1,7 +1,8 @@
 """What a training checkpoint must hold: what was saved, to the bit; values of the right types; all of this run and its data.
 
-A format 2 checkpoint carries a digest over everything in it, and says what data it was trained on. One of format 1, which older
-versions wrote, has neither: it is still read, and cannot be verified.
+A checkpoint carries a digest over everything in it, and says what data it was trained on. What the loss keeps is in a file of
+its own (`rscli.training.loss_state`); in format 2, of older versions, it is inside. One of format 1 has neither digest nor
+data: it is still read, and cannot be verified.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from rscli.config.problems import faults
 from rscli.data.splits import Split
 from rscli.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
+SEALED = (2, FORMAT)
+"""The formats that carry a digest."""
 UNVERIFIED = 1
 """The format that has no digest and does not say what data it was trained on."""
 COUNT = Field(ge=0, le=2**63)
@@ -41,12 +44,18 @@ class _Optimizer(_Part):
     param_groups: list[dict[str, Any]]
 
 
+class _LossFile(_Part):
+    name: str
+    digest: str
+
+
 class _Position(_Part):
     epoch: int = COUNT
     batch: int = COUNT
     model: dict[str, Tensor]
     optimizer: _Optimizer
     meter: _Meter
+    loss_file: _LossFile | None = None
 
 
 def remedy(path: Path) -> str:
@@ -63,13 +72,13 @@ def seal(state: Mapping[str, Any]) -> dict[str, Any]:
 def check_seal(state: object, path: Path) -> dict[str, Any]:
     """What the checkpoint at `path` holds. Raises `InputError` unless it is to the bit what a run has saved, or of format 1."""
     keys = {"format", "epoch", "batch", "model", "optimizer", "meter"}
-    if not isinstance(state, dict) or state.get("format") not in (FORMAT, UNVERIFIED) or not keys <= set(state):
+    if not isinstance(state, dict) or state.get("format") not in (*SEALED, UNVERIFIED) or not keys <= set(state):
         raise InputError(f"{path} is not a checkpoint of this version of rscli", remedy(path))
     if state["format"] == UNVERIFIED and set(state) == keys:
         return state
     content = {key: value for key, value in state.items() if key != "digest"}
     try:
-        intact = state["format"] == FORMAT and state.get("digest") == digest(content)
+        intact = state["format"] in SEALED and state.get("digest") == digest(content)
     except (TypeError, RecursionError):
         intact = False
     if not intact:

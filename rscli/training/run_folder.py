@@ -5,6 +5,7 @@ environment.json   versions, device, threads
 metrics.jsonl      one line an epoch
 running.txt        while a process trains here, and after one that was killed or crashed: what to do then
 checkpoint.pt      where the run is: weights, optimiser, position; replaced after every epoch and when the run is stopped
+loss-*.safetensors what the loss keeps (soft labels, say), if anything; written again only when the loss has changed it
 model.safetensors  the finished model
 """
 
@@ -14,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,6 +32,7 @@ from rscli.registry import installed
 from rscli.runtime.files import check_regular, explained, read_json, replacing, write_json, write_text
 from rscli.runtime.progress import Progress
 from rscli.training.checkpoint import check_data, check_position, check_seal, remedy, seal
+from rscli.training.loss_state import LossStateFile
 
 IF_IT_CRASHED = (
     "After a crash in native code (exit code 134 or 139), try --contiguous, --workers 0, or another version of torch; "
@@ -42,6 +45,11 @@ class RunFolder:
     """The paths of a run, and the rules for starting and continuing it."""
 
     path: Path
+
+    @cached_property
+    def loss_state(self) -> LossStateFile:
+        """The file with what the loss keeps."""
+        return LossStateFile(self.path)
 
     @property
     def config(self) -> Path:
@@ -108,7 +116,7 @@ class RunFolder:
     def save(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint. Raises `RscliError` if there is no room for it; the one before is kept."""
         try:
-            sealed = seal(state)
+            sealed = seal(self.loss_state.put(state))
         except TypeError as cause:
             hint = "Callbacks and losses may keep tensors, text and plain Python numbers: float(x), not a NumPy number."
             raise PluginError(f"the state of the run cannot be saved: {cause}", hint) from cause
@@ -116,6 +124,7 @@ class RunFolder:
         torch.save(sealed, content)
         with replacing(self.checkpoint) as beside:
             beside.write_bytes(content.getbuffer())
+        self.loss_state.tidy()
 
     def load(self) -> dict[str, Any]:
         """The checkpoint, tensors on the CPU. Raises `InputError` if it is broken; never runs code from the file."""
@@ -133,7 +142,7 @@ class RunFolder:
             raise InputError(f"the checkpoint {self.checkpoint} cannot be read: {reason}", remedy(self.checkpoint)) from cause
         state = check_seal(loaded, self.checkpoint)
         check_position(state, self.checkpoint)
-        return state
+        return self.loss_state.take(state, self.checkpoint)
 
     def start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
         """Begins a run: from now on the folder holds one."""

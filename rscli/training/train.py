@@ -28,7 +28,7 @@ from rscli.runtime.guard import calling
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress, Silent
 from rscli.runtime.signals import StopRequest, stop_requests
-from rscli.training.checkpoint import fitting
+from rscli.training.checkpoint import FORMAT, fitting
 from rscli.training.context import SetupContext
 from rscli.training.minimum_batch import check_single_image_batches
 from rscli.training.processes import Processes, joined
@@ -207,6 +207,9 @@ class _Training:
         if "data" not in state:
             text = f"{self.folder.checkpoint} is of an older version: whether it is intact, and of this data, cannot be told"
             self.progress.note(text)
+        if state.get("format", FORMAT) < FORMAT:
+            text = "it is of an older version, which drew other random numbers: the run goes on, but not to the same bits"
+            self.progress.note(f"{self.folder.checkpoint}: {text}")
         with fitting(self.folder.checkpoint):
             trainer.restore(state)
             run.restore(state)

@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 from rscli.cli.app import app
 from support import ROOT
 
-COMMANDS = ["train", "certify", "predict", "compare", "doctor", "import", "plugins", "plugins info", "presets", "presets show"]
+COMMANDS = [
+    "train", "certify", "predict", "compare", "ensemble", "doctor", "import", "plugins", "plugins info", "presets",
+    "presets show",
+]  # fmt: skip
 QUICK = ["--set", "epochs=1", "--set", "batch=64", "--set", "optimizer.lr=0.05", "--device", "cpu", "--workers", "0"]
 ANSI = re.compile(r"\x1b\[")
 

@@ -44,6 +44,7 @@ from rscli.errors import InputError, PluginError, Stopped
 from rscli.models.modelfile import load_model, tensor_digest
 from rscli.registry import Entry, installed
 from rscli.runtime.progress import Silent
+from rscli.training.run_folder import RunFolder
 from rscli.training.train import train
 from rscli.training.trainer import Trainer, attacked
 from rscli_core.attacks.ddn import Ddn
@@ -490,7 +491,7 @@ def test_what_a_loss_keeps_is_saved_and_restored(tmp_path):
     assert len(SEEN) == 1, "a run that goes on does not set up again"
     assert same_weights(tmp_path / "a", tmp_path / "b")
     for folder in (tmp_path / "a", tmp_path / "b"):
-        state = checkpoint(folder)["loss"]
+        state = RunFolder(folder).load()["loss"]
         assert state["seen"].tolist() == [2] * IMAGES
         card = load_model(folder / "model.safetensors").source.card
         assert card.loss_state == {name: tensor_digest({name: state[name]}) for name in ("weights", "seen")}

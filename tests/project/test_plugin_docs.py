@@ -23,6 +23,7 @@ from rscli.cli.app import app
 from rscli.config.layers import resolve
 from rscli.errors import InputError
 from rscli.models.modelfile import load_model
+from rscli.models.network import build_classifier
 from rscli.plugin_files import load_plugin_file
 from rscli.registry import installed
 from rscli.results.reader import read_results
@@ -37,6 +38,7 @@ POINTS = [
     for group, points in table.get("project", {}).get("entry-points", {}).items()
     for name, target in points.items()
 ]
+PLAIN = {"data.name": "digits", "noise.sigma": 0.5, "loss.name": "gaussian", "optimizer.lr": 0.1}
 SHARED = {"loss.m": 2, "noise.sigma": 0.15, "epochs": 3, "batch": 64, "optimizer.lr": 0.01}
 
 
@@ -376,3 +378,17 @@ def test_the_readme_example_trains_as_it_stands(tmp_path):
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert 0 < line["brier"] < 1  # 0.9 for a network that knows nothing
     assert re.search(r'^    brier = "my_package:Brier"$', readme, re.M)
+
+
+# --- an architecture made of others ------------------------------------------------------------------------------------------
+
+
+def test_a_mirrored_network_answers_alike_for_mirror_images():
+    mirrored = build("architectures", "mirrored", network={"name": "mlp", "hidden": 3})
+    spec = installed().build("datasets", {"name": "breast-cancer"}).spec(Path())
+    network = build_classifier(mirrored, spec).eval()
+    images = torch.rand(4, *spec.shape)
+    assert torch.allclose(network(images), network(images.flip(-1)))
+    inner = network.network.inner
+    assert torch.allclose(network(images), (inner(images) + inner(images.flip(-1))) / 2)
+    assert resolve(sets=["arch.name=mirrored", "arch.network=mlp", *(f"{key}={value}" for key, value in PLAIN.items())])

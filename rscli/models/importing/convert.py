@@ -84,7 +84,7 @@ def import_checkpoint(options: ImportOptions, progress: Progress) -> Imported:
         progress.warn(checkpoint.note)
     plugins, sections = _plugins(options, checkpoint)
     spec = spec_of(cast(Dataset, plugins["data"]), options.data_dir)
-    network = build_classifier(cast(Architecture, plugins["arch"]), spec).network
+    network = build_classifier(cast(Architecture, plugins["arch"]), spec, weights=False).network
     fit = fit_tensors(checkpoint.tensors, network.state_dict(), cast(Architecture, plugins["arch"]).rename)
     fit, constants = take_constants(fit, checkpoint, options.prefix)
     check_fit(fit, checkpoint.path, sections["arch"], sections["data"]["name"], spec, _other_arch(checkpoint, sections["arch"]))
@@ -94,7 +94,10 @@ def import_checkpoint(options: ImportOptions, progress: Progress) -> Imported:
         rscli=__version__,
         **sections,
         spec=spec.model_copy(update={"mean": normalization.mean, "std": normalization.std}),
-        plugins=[asdict(installed().provenance(SECTIONS[name], sections[name]["name"])) for name in IMPORTED],
+        plugins=[
+            *(asdict(installed().provenance(SECTIONS[name], sections[name]["name"])) for name in IMPORTED),
+            *map(asdict, installed().part_provenance(plugins["arch"])),
+        ],
         epochs=checkpoint.epochs,
         origin=f"imported from {options.checkpoint.name} (sha256 {file_digest(options.checkpoint)})",
     )
