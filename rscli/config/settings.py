@@ -50,7 +50,8 @@ def stack(lower: Settings, higher: Settings) -> Settings:
         for section in SECTIONS
         if (name := (section, "name")) in higher and name in lower and _others(section, higher[name].value, lower[name].value)
     }
-    return _overlay({key: setting for key, setting in lower.items() if key[0] not in renamed}, higher)
+    kept = {key: setting for key, setting in lower.items() if key[key[0] == "ramps" and len(key) > 1] not in renamed}
+    return _overlay(kept, higher)
 
 
 def _others(section: str, one: Any, other: Any) -> bool:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from rscli import __version__
-from rscli.api import DataSpec
 from rscli.config.layers import Resolved
 from rscli.config.schema import steps_per_epoch
-from rscli.data.splits import open_split, spec_of
+from rscli.data.splits import check_holdout, open_split, set_aside, spec_of
 from rscli.errors import InputError, Stopped
-from rscli.models.card import ModelCard
-from rscli.models.modelfile import save_model, tensor_digest
+from rscli.models.modelfile import save_model
 from rscli.models.network import parameter_count
 from rscli.plugin_files import from_file
 from rscli.runtime.devices import environment, pick_device
@@ -29,6 +23,7 @@ from rscli.runtime.torchrun import world_size
 from rscli.training.checkpoint import fitting
 from rscli.training.context import SetupContext
 from rscli.training.minimum_batch import check_single_image_batches
+from rscli.training.model_card import model_card
 from rscli.training.run import TrainingRun
 from rscli.training.run_folder import RunFolder
 from rscli.training.trainer import Trainer, initial_classifier
@@ -70,6 +65,9 @@ def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     _check_copies(resolved)
     spec = spec_of(resolved.dataset, options.data_dir)
     images = spec.sizes.get("train")
+    if images is not None:
+        check_holdout(resolved.config.holdout, images)
+        images -= resolved.config.holdout
     chunks = resolved.loss.m if resolved.chunked else 1
     steps = None if images is None else steps_per_epoch(images, resolved.config.batch, chunks)
     classifier = initial_classifier(resolved, spec)
@@ -110,17 +108,20 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     split = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)
     if split.note:
         progress.warn(split.note)
+    holdout = None
+    if resolved.config.holdout:
+        split, holdout = set_aside(split, resolved.config.holdout, resolved.config.seed)
     trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
     check_single_image_batches(resolved, trainer.classifier, spec, len(split))
     folder = RunFolder(options.out)
     files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
     record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
     state = folder.open(record, trainer.data, resume=options.resume)
-    if state is not None and folder.model.exists() and state["epoch"] >= resolved.config.epochs:
+    if state is not None and folder.model.exists() and (state["epoch"] >= resolved.config.epochs or "ended" in state):
         progress.note(f"{folder.model} is finished already")
         return folder.model
     more = partial(open_split, resolved.dataset, spec, root=options.data_dir, workers=options.workers)
-    run = TrainingRun(trainer, folder, more, progress, stop)
+    run = TrainingRun(trainer, folder, more, progress, stop, holdout)
     context = SetupContext(split, resolved.noise, device, resolved.config.seed, progress, stop)
     with calling(resolved.loss, "networks"):
         trainer.networks = {name: network.to(device) for name, network in resolved.loss.networks(context).items()}
@@ -141,23 +142,5 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
         enough_memory(device, f"a step of {size} images with {resolved.loss.m} noisy copies each", TOO_LARGE),
     ):
         run.complete()
-    save_model(folder.model, trainer.classifier, model_card(resolved, spec, trainer.loss_state))
+    save_model(folder.model, trainer.classifier, model_card(resolved, spec, trainer.loss_state, trainer.epoch))
     return folder.model
-
-
-def model_card(resolved: Resolved, spec: DataSpec, loss_state: Mapping[str, Tensor]) -> ModelCard:
-    """What the model file of a finished run says of itself; of what the loss kept, the digests."""
-    sections = resolved.as_dict()
-    return ModelCard(
-        rscli=__version__,
-        arch=sections["arch"],
-        noise=sections["noise"],
-        data=sections["data"],
-        spec=spec,
-        plugins=[{"kind": p.kind, "name": p.name, "package": p.package, "version": p.version} for p in resolved.provenance],
-        config=sections,
-        epochs=resolved.config.epochs,
-        preset=resolved.preset,
-        overrides=resolved.overrides if resolved.preset else None,
-        loss_state={name: tensor_digest({name: tensor}) for name, tensor in loss_state.items()},
-    )

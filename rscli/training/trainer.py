@@ -25,6 +25,7 @@ from rscli.runtime.seeds import derive, generator
 from rscli.training.checkpoint import check_optimizer, check_place, settings_of, training_data
 from rscli.training.layout import training_layout
 from rscli.training.metrics import Meter
+from rscli.training.ramps import ramped
 
 RESERVED = {"loss", "accuracy", "epoch", "batch", "chunk", "lr", "images_per_s", "seconds"}
 """Figures that the log has for itself."""
@@ -144,7 +145,8 @@ class Trainer:
         key = ("step", self.epoch, self.batch, number)
         torch.manual_seed(derive(self.config.seed, "global", *key))  # dropout and the like
         random = generator(self.device, self.config.seed, *key)
-        smoothing, m = self.resolved.noise, self.resolved.loss.m
+        objective, attack, smoothing = ramped(self.resolved, self.epoch + self.batch / self.batches)
+        m = objective.m
         noise = draw_noise(smoothing, (m, *chunk.images.shape), random, self.device)
         images = chunk.images.contiguous(memory_format=self.layout)
         step = TrainStep(
@@ -160,9 +162,9 @@ class Trainer:
             state=self.loss_state,
             networks=self.networks,
         )
-        if self.resolved.attack is not None:
-            step = attacked(self.resolved.attack, step)
-        terms = _terms(self.resolved.loss, step)
+        if attack is not None:
+            step = attacked(attack, step)
+        terms = _terms(objective, step)
         loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
