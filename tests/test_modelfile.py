@@ -134,6 +134,7 @@ def test_the_card_says_where_every_plugin_came_from(written):
         ("schedules", "step"),
         ("loggers", "jsonl"),
         ("callbacks", "checkpoint"),
+        ("callbacks", "collapse"),
     }
     assert {p["package"] for p in card.plugins} == {"rscli"}
     assert all(p["version"] for p in card.plugins)

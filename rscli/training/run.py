@@ -114,7 +114,7 @@ class TrainingRun(Run):
         if not re.fullmatch(r"[\w-]{1,100}", name):
             raise ValueError(f"{name!r} is no name for a model file: letters, digits, - and _ are")
         path, trainer = self.folder / f"{name}.safetensors", self.trainer
-        save_model(path, self.model, model_card(trainer.resolved, self.spec, trainer.loss_state, self.epoch))
+        save_model(path, trainer.classifier, model_card(trainer.resolved, self.spec, trainer.loss_state, self.epoch))
         return path
 
     def stop(self, reason: str) -> None:

@@ -53,7 +53,8 @@ def mean_figures(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return (model(images).argmax(-1) == labels).float()
+    right: Tensor = model(images).argmax(-1) == labels
+    return right.float()
 
 
 @contextmanager

@@ -40,4 +40,6 @@ class Watching(Callback):
         if not state.get("said") and "best" not in state:
             state["said"] = True
             known = ", ".join(name for name, value in run.figures.items() if isinstance(value, int | float))
-            run.note(f"{type(self).__name__} waits for the figure {self.figure}, which the log does not have yet; it has: {known}")
+            run.note(
+                f"{type(self).__name__} waits for the figure {self.figure}, which the log does not have yet; it has: {known}"
+            )
