@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -326,6 +328,23 @@ def test_it_is_on_unless_it_is_left_out():
     assert set(digits().callbacks) == {"checkpoint", "collapse"}
     assert set(digits("callbacks.collapse=none").callbacks) == {"checkpoint"}
     assert digits("callbacks.collapse.patience=5").callbacks["collapse"].patience == 5
+
+
+# --- what docs/probe.md says -------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_page_resolve(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/probe.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^    rscli train (.+)$", page, re.M)
+    assert len(commands) > 5
+    for words in map(str.split, commands):
+        sets = [value for flag, value in pairwise(words) if flag == "--set"]
+        resolve(words[words.index("--preset") + 1], sets=sets)
+    file = tmp_path / "ramps.toml"
+    file.write_text(*re.findall(r"^```toml\n(.+?)^```", page, re.M | re.S))
+    assert resolve("mnist-cons-0.5", file).config.ramps["loss"]["lbd"].wait == 5
+    fields = set(re.findall(r"callbacks\.([\w-]+)", page))
+    assert fields == {"best", "checkpoint", "collapse", "early-stopping", "probe", "validate"}
 
 
 # --- checkpoints within an epoch ---------------------------------------------------------------------------------------------
