@@ -32,7 +32,7 @@ from rscli.models.modelfile import save_model
 from rscli.models.network import build_classifier
 from rscli.registry import installed
 from rscli.runtime.devices import device_name, pick_device
-from rscli.training.train import model_card
+from rscli.training.model_card import model_card
 
 PRESET = "digits-gaussian-0.25"
 """Whose untrained network is certified when no model is given: weights do not matter for the speed of a fixed n."""

@@ -426,7 +426,11 @@ class Run(ABC):
 
     `folder` is its run folder; `model` takes pixels in [0, 1]; `epoch` counts finished epochs of `epochs`, `batch` finished
     batches of the current one, of `batches`. `config` is the resolved configuration as plain values, `spec` what is known of
-    the data.
+    the data. `noise` is the one that the model file will name, also while training ramps it.
+
+    `figures` are those of the last finished epoch, in this order: `epoch` (from 1), `lr`, what is ramped, `loss`, its terms
+    (the first is what is learned, others regularise it), `accuracy` under the noise of training if the loss looks at noisy
+    logits, and what callbacks have logged so far.
     """
 
     folder: Path
@@ -438,16 +442,25 @@ class Run(ABC):
     batches: int
     config: Mapping[str, Any]
     spec: DataSpec
+    figures: Mapping[str, Any]
 
     @abstractmethod
     def images(self, split: str, indices: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
-        """Images (n, channel, height, width) of a split under the test transform, on the CPU, and their labels (n,)."""
+        """Images (n, channel, height, width) of a split under the test transform, on the CPU, and their labels (n,).
+
+        `holdout` has the training images that the run has set aside, in random order; `train` those that it trains on.
+        """
+
+    @abstractmethod
+    def labels(self, split: str) -> NDArray[np.int64]:
+        """The labels (n,) of a whole split; no image is read."""
 
     @abstractmethod
     def certify(self, images: Tensor, **options: Any) -> Sequence[Certificate]:
         """Certificates of `images`, as the Python API gives them (n, alpha, certifier, radii, labels, seed, ...), for a probe.
 
-        The model and the random numbers of the run stay as they are.
+        `radii` are left out for a certifier that gives as large a radius as it can. The model and the random numbers of the run
+        stay as they are.
         """
 
     @abstractmethod
@@ -461,6 +474,13 @@ class Run(ABC):
     @abstractmethod
     def save_model(self, name: str) -> Path:
         """Writes the present weights as `model-NAME.safetensors` beside the model file, and as complete; its path."""
+
+    @abstractmethod
+    def stop(self, reason: str) -> None:
+        """Makes this epoch the last: training is finished after it, with a model file. The log and the user are told why.
+
+        A resumed run stays finished. In `begin`, no epoch is trained any more.
+        """
 
     @abstractmethod
     def note(self, text: str) -> None:
@@ -504,6 +524,8 @@ class Callback(Plugin):
     kind: ClassVar[str] = "callbacks"
     looks_on: ClassVar[bool] = False
     """Whether it leaves the weights alone altogether: only then may it differ in a run that is resumed."""
+    needs_holdout: ClassVar[bool] = False
+    """Whether it looks at images that the run has set aside: only a configuration with `holdout` above 0 may have it."""
 
     def begin(self, run: Run, state: dict[str, Any]) -> None:
         """Before the first step, also of a resumed run. `state` is the callback's own: tensors and plain values by name, empty
@@ -515,6 +537,9 @@ class Callback(Plugin):
 
     def after_epoch(self, run: Run, state: dict[str, Any]) -> None:
         """After every epoch, before its line is logged."""
+
+    def after_figures(self, run: Run, state: dict[str, Any]) -> None:
+        """After every epoch, when all callbacks have had their `after_epoch`: `run.figures` has what they logged."""
 
     def end(self, run: Run, state: dict[str, Any]) -> None:
         """After the last epoch, before the model file is written."""

@@ -56,6 +56,13 @@ class Registry:
             raise PluginError(f"no installed package announces a default for {kind}", "Reinstall rscli.")
         return self._defaults[kind]
 
+    def usual(self, kind: str) -> list[str]:
+        """The names of the plugins of a `kind` that are used unless they are left out: the default, then any further ones.
+
+        Those are announced in the same group as `"callbacks.NAME" = "NAME"`.
+        """
+        return [self.default(kind), *(name for key, name in self._defaults.items() if key.startswith(f"{kind}."))]
+
     def find(self, kind: str, name: str) -> tuple[Entry, str | None]:
         """The entry called `name`, and the variant behind its slash (`timm/resnet18` is `timm` and `resnet18`).
 

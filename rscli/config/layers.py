@@ -35,6 +35,7 @@ from rscli.api import (
 from rscli.config.files import read_settings
 from rscli.config.presets import load_preset
 from rscli.config.problems import FINITE, Problems
+from rscli.config.ramps import check_ramps
 from rscli.config.schema import GROUPS, SECTIONS, TrainConfig
 from rscli.config.settings import Key, Setting, Settings, dotted, flatten, leaves, nest, parse_sets, scalars, stack
 from rscli.config.words import field_type
@@ -212,6 +213,9 @@ def _assemble(
     groups = {name: _build_group(name, given, problems) for name, given in several.items()}
     if head is not None and "loss" in plugins:
         _check_chunks(head, cast(Loss, plugins["loss"]), problems)
+    if head is not None:
+        check_ramps(head, plugins, problems)
+        _check_holdout(head, groups["callbacks"], problems)
     problems.check()
     assert head is not None  # for mypy: without a head there was a problem
     names = {name: str(sections[name]["name"]) for name in plugins}
@@ -260,12 +264,12 @@ def _head(nested: dict[str, Any], problems: Problems) -> TrainConfig | None:
 
 
 def _build_group(group: str, given: Any, problems: Problems) -> dict[str, Plugin]:
-    """The plugins of a section that holds several, by name: those given, and the usual one unless it is set to none."""
+    """The plugins of a section that holds several, by name: those given, and the usual ones unless they are set to none."""
     if not isinstance(given, dict | None):
         problems.add((group,), f"is a section of plugins; write {group}.NAME={{}}")
         return {}
     found, built = registry.installed(), {}
-    for name, fields in {found.default(group): {}, **(given or {})}.items():
+    for name, fields in {**{usual: {} for usual in found.usual(group)}, **(given or {})}.items():
         if fields is None:
             continue
         if not isinstance(fields, dict):
@@ -315,6 +319,12 @@ def _check_chunks(head: TrainConfig, loss: Loss, problems: Problems) -> None:
         problems.add(
             ("loss", "m"), f"must be at most batch = {head.batch}, which is split into m chunks; or write --set chunk=false"
         )
+
+
+def _check_holdout(head: TrainConfig, callbacks: Mapping[str, Plugin], problems: Problems) -> None:
+    for name, callback in callbacks.items():
+        if cast(Callback, callback).needs_holdout and not head.holdout:
+            problems.add(("holdout",), f"must be above 0: callbacks.{name} looks at images set aside; write --set holdout=1000")
 
 
 def full_section(section: str, name: str, plugin: Plugin) -> dict[str, Any]:

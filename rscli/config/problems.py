@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from rscli.config.schema import SECTIONS
+from rscli.config.schema import SECTIONS, Ramp
 from rscli.config.settings import Key, Settings, dotted, shortened
 from rscli.errors import MOST_TOLD, ConfigError, did_you_mean
 
@@ -46,7 +46,7 @@ class Problems:
             elif detail["type"] == "missing":
                 self.add(key, self._missing(key))
             else:
-                self.add(key, _rule(detail))
+                self.add(key, rule_of(detail))
 
     def check(self) -> None:
         """Raises `ConfigError` with a line for every problem, if there is any."""
@@ -79,7 +79,9 @@ class Problems:
         return f"unknown key. The keys here are {', '.join(here)}"
 
     def _known(self) -> Iterable[str]:
-        """Every key that could be written, given the plugins that are named."""
+        """Every key that could be written, given the plugins that are named, and what is ramped."""
+        ramped = {key[:3] for key in self.settings if key[0] == "ramps" and len(key) > 3}
+        yield from (dotted((*key, name)) for key in ramped for name in Ramp.model_fields)
         for section, model in self.models.items():
             for name in model.model_fields:
                 if section:
@@ -111,7 +113,7 @@ def faults(error: ValidationError) -> list[str]:
     for detail in error.errors(include_url=False, include_context=False):
         key = ".".join(map(str, detail["loc"]))
         given = "" if isinstance(detail["input"], dict | list) else f" = {_shown(detail['input'])[:80]}"
-        found.append(f"{key} is missing" if detail["type"] == "missing" else f"{key}{given} {_rule(detail)}")
+        found.append(f"{key} is missing" if detail["type"] == "missing" else f"{key}{given} {rule_of(detail)}")
     return found
 
 
@@ -126,7 +128,7 @@ def _path(loc: tuple[int | str, ...], given: Any) -> Key:
     return tuple(path)
 
 
-def _rule(detail: ErrorDetails) -> str:
+def rule_of(detail: ErrorDetails) -> str:
     """Pydantic's message as a rule: `must be greater than 0`."""
     if detail["type"] == "model_type":
         return "is a section with keys of its own, not a value"

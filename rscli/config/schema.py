@@ -33,6 +33,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
+class Ramp(Section):
+    """How a number gets to its configured value in the course of training: `[ramps.loss.lbd]`."""
+
+    start: float = Field(description="value at the beginning of training")
+    wait: float = Field(0.0, ge=0, description="epochs at that value, before it moves", json_schema_extra=unit("epochs"))
+    epochs: float | None = Field(
+        None,
+        ge=0,
+        description="epochs from there to the configured value; 0: at once; left out: all that are left",
+        json_schema_extra=unit("epochs"),
+    )
+    shape: Literal["linear", "cosine"] = Field("linear", description="how it moves: evenly, or slowly at both ends")
+
+
 class TrainConfig(Section):
     """A training run, fully resolved. A plugin's section is a table: its `name`, and its fields."""
 
@@ -57,6 +71,12 @@ class TrainConfig(Section):
     sync_batch_norm: bool = Field(
         True, description="whether several processes share the statistics of batch normalisation, as if they were one"
     )
+    holdout: int = Field(
+        0,
+        ge=0,
+        description="training images set aside, chosen by the seed: not trained on, but looked at by probes",
+        json_schema_extra=unit("images"),
+    )
     data: dict[str, Any] = Field(description="the data set")
     arch: dict[str, Any] = Field(description="the architecture")
     noise: dict[str, Any] = Field(description="the smoothing distribution")
@@ -64,6 +84,9 @@ class TrainConfig(Section):
     attack: dict[str, Any] | None = Field(None, description="the attack on the images or the noise")
     optimizer: dict[str, Any] = Field(description="the optimiser")
     schedule: dict[str, Any] = Field(description="the learning-rate schedule")
+    ramps: dict[str, dict[str, Ramp | None]] = Field(
+        default_factory=dict, description="numbers of the noise, the loss or the attack that move during training"
+    )
     loggers: dict[str, Any] = Field(default_factory=dict, description="loggers, by name")
     callbacks: dict[str, Any] = Field(default_factory=dict, description="callbacks, by name")
 

@@ -46,13 +46,15 @@ def flatten(values: Mapping[str, Any], source: str) -> Settings:
 def stack(lower: Settings, higher: Settings) -> Settings:
     """`higher` over `lower`: fields of a plugin that `higher` replaces by another are dropped.
 
-    A table inside a section that has a `name` is taken for a plugin, too: the architectures that another one is made of.
+    A table inside a section that has a `name` is taken for a plugin, too: the architectures that another one is made of. With
+    its fields go their ramps.
     """
     replaced = [
         key[:-1]
         for key, setting in higher.items()
         if key[-1] == "name" and key[0] in SECTIONS and key in lower and _others(key, setting.value, lower[key].value)
     ]
+    replaced += [("ramps", *table) for table in replaced]
     kept = {key: setting for key, setting in lower.items() if not any(key[: len(table)] == table for table in replaced)}
     return _overlay(kept, higher)
 

@@ -32,6 +32,8 @@ from rscli.runtime.seeds import derive, generator
 
 SAMPLED = 1024
 """Files whose bytes are looked at, to see whether the images are still the same."""
+HOLDOUT = "holdout"
+"""What the training images are called that a run sets aside."""
 CACHE_CHUNK = 256
 """Images that a worker decodes at a time when a split of files is brought into memory."""
 
@@ -63,6 +65,26 @@ def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, down
     opened: Split = files.in_memory() if cache else files
     opened.note = found.note
     return opened
+
+
+def check_holdout(count: int, images: int) -> None:
+    """Raises `InputError` unless `count` of so many training `images` can be set aside, with some left to train on."""
+    if count >= images:
+        raise InputError(
+            f"holdout is {count:,}, but there are only {images:,} training images, and some must be left to train on",
+            "Set aside fewer: --set holdout=N.",
+        )
+
+
+def set_aside(split: Split, count: int, seed: int) -> tuple[Split, Split]:
+    """What is left of a training split, in its order, and the `count` images that `seed` sets aside, in random order.
+
+    Any first few of those are thus a random sample, too. Each is a split of its own, numbered from 0. Raises `InputError` if
+    nothing would be left.
+    """
+    check_holdout(count, len(split))
+    order = torch.randperm(len(split), generator=generator("cpu", seed, HOLDOUT)).numpy()
+    return split.part(np.sort(order[count:])), split.part(order[:count])
 
 
 class Batch(NamedTuple):
@@ -106,6 +128,10 @@ class Split(ABC):
     def steps(self, batch: int) -> int:
         """Batches in an epoch; the last may be short."""
         return -(-len(self) // batch)
+
+    @abstractmethod
+    def part(self, places: NDArray[np.int64]) -> Split:
+        """The images at `places` (n,), in that order, as a split of their own, with a fingerprint of its own."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -198,6 +224,11 @@ class MemorySplit(Split):
         self._moved = (self._images, torch.from_numpy(np.require(labels, requirements=["C", "W"])))
         self._known_fingerprint = fingerprint
 
+    def part(self, places: NDArray[np.int64]) -> MemorySplit:
+        """See `Split.part`; the images are copied."""
+        known = self._known_fingerprint and _digest(self._known_fingerprint.encode(), places.astype("<i8").tobytes())
+        return MemorySplit(self._images.numpy()[places], self.labels[places], self.spec, fingerprint=known)
+
     def fingerprint(self) -> str:
         """The hash of the shape, the pixels and the labels; of the files, where they came from files."""
         return self._known_fingerprint or self._pixel_fingerprint
@@ -259,6 +290,11 @@ class FileSplit(Split):
         # One block of bytes: worker processes share it, while a million Path objects would be copied into each of them.
         self._paths = np.array([os.fsencode(path) for path in paths])
         self._workers = workers
+
+    def part(self, places: NDArray[np.int64]) -> FileSplit:
+        """See `Split.part`."""
+        paths = [self.path(int(place)) for place in places]
+        return FileSplit(paths, self.labels[places], self.spec, workers=self._workers)
 
     def path(self, index: int) -> Path:
         """Where image `index` is."""

@@ -14,7 +14,7 @@ from rscli.api import Certifier, Dataset, fields_of
 from rscli.config.layers import build_section
 from rscli.config.problems import Problems
 from rscli.config.settings import flatten
-from rscli.data.splits import Split, open_split, spec_of
+from rscli.data.splits import HOLDOUT, Split, open_split, set_aside, spec_of
 from rscli.errors import InputError, RscliError, Stopped
 from rscli.models.card import ModelCard
 from rscli.models.modelfile import card_of, load_model
@@ -294,7 +294,18 @@ def _open(card: ModelCard, options: CertifyOptions) -> Split:
             f"the data has the classes {_some(names)}, but the model was trained on {_some(card.spec.class_names)}",
             "The labels would not match. Give the data set that the model was trained on (--data-dir, --set data.KEY=VALUE).",
         )
+    if options.split == HOLDOUT and (card.config or {}).get("holdout"):
+        whole = open_split(dataset, card.spec, "train", options.data_dir, download=options.download)
+        return set_aside(whole, *_holdout_of(card))[1]
     return open_split(dataset, card.spec, options.split, options.data_dir, download=options.download)
+
+
+def _holdout_of(card: ModelCard) -> tuple[int, int]:
+    """How many training images were set aside, and the seed that chose them. Raises `InputError` if the model file is wrong."""
+    found = [(card.config or {}).get(key) for key in ("holdout", "seed")]
+    if not all(type(value) is int and value >= 0 for value in found):
+        raise InputError(f"the model file says holdout = {found[0]!r:.40}, seed = {found[1]!r:.40}: whole numbers are wanted")
+    return cast(tuple[int, int], tuple(found))
 
 
 def _some(names: tuple[str, ...]) -> str:

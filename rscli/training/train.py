@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rscli import __version__
-from rscli.api import DataSpec
 from rscli.config.layers import Resolved
 from rscli.config.schema import steps_per_epoch
-from rscli.data.splits import Split, open_split, spec_of
+from rscli.data.splits import Split, check_holdout, open_split, set_aside, spec_of
 from rscli.errors import InputError, Stopped
-from rscli.models.card import ModelCard
-from rscli.models.modelfile import save_model, tensor_digest
 from rscli.models.network import parameter_count
 from rscli.plugin_files import from_file
 from rscli.runtime.devices import emulated, environment, pick_device
@@ -74,6 +69,9 @@ def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     _check_copies(resolved)
     spec = spec_of(resolved.dataset, options.data_dir)
     images = spec.sizes.get("train")
+    if images is not None:
+        check_holdout(resolved.config.holdout, images)
+        images -= resolved.config.holdout
     chunks = resolved.loss.m if resolved.chunked else 1
     steps = None if images is None else steps_per_epoch(images, resolved.config.batch, chunks)
     classifier = initial_classifier(resolved, spec)
@@ -129,6 +127,9 @@ class _Training:
         """Trains to the end, and writes the model file."""
         self._warn_of_emulation()
         split = self._open_split()
+        holdout = None
+        if self.resolved.config.holdout:
+            split, holdout = set_aside(split, self.resolved.config.holdout, self.resolved.config.seed)
         trainer = Trainer(
             self.resolved,
             split.spec,
@@ -144,8 +145,7 @@ class _Training:
             self.progress.note(f"{self.folder.model} is finished already")
             return self.folder.model
         more = partial(open_split, self.resolved.dataset, split.spec, root=self.options.data_dir, workers=self.options.workers)
-        run = TrainingRun(trainer, self.folder, more, self.progress, self.stop)
-        run.write_model = partial(self._write_model, trainer)
+        run = TrainingRun(trainer, self.folder, more, self.progress, self.stop, holdout)
         self._prepare(trainer, run, state)
         size = math.ceil(self.resolved.config.batch / trainer.chunks / self.processes.world)
         if self.resolved.config.micro_batch is not None:
@@ -158,9 +158,6 @@ class _Training:
             run.write_model(self.folder.model)
         self.processes.wait()
         return self.folder.model
-
-    def _write_model(self, trainer: Trainer, path: Path) -> None:
-        save_model(path, trainer.classifier, model_card(self.resolved, trainer.split.spec, trainer.loss_state))
 
     def _open_split(self) -> Split:
         """The training images; if they must be fetched, the first process does it while the others wait."""
@@ -187,7 +184,8 @@ class _Training:
         if self.processes.first:
             state = self.folder.open(self.record, trainer.data, resume=self.options.resume)
         state = self.processes.share(state)
-        finished = state is not None and self.folder.model.exists() and state["epoch"] >= self.resolved.config.epochs
+        ended = state is not None and (state["epoch"] >= self.resolved.config.epochs or "ended" in state)
+        finished = ended and self.folder.model.exists()
         return state, self.processes.share(finished)
 
     def _prepare(self, trainer: Trainer, run: TrainingRun, state: dict[str, Any] | None) -> None:
@@ -225,21 +223,3 @@ class _Training:
                 f"{self.resolved.config.precision} is emulated on this processor, and many times slower than fp32: "
                 "leave --precision out, or use a GPU"
             )
-
-
-def model_card(resolved: Resolved, spec: DataSpec, loss_state: Mapping[str, Tensor]) -> ModelCard:
-    """What the model file of a finished run says of itself; of what the loss kept, the digests."""
-    sections = resolved.as_dict()
-    return ModelCard(
-        rscli=__version__,
-        arch=sections["arch"],
-        noise=sections["noise"],
-        data=sections["data"],
-        spec=spec,
-        plugins=[{"kind": p.kind, "name": p.name, "package": p.package, "version": p.version} for p in resolved.provenance],
-        config=sections,
-        epochs=resolved.config.epochs,
-        preset=resolved.preset,
-        overrides=resolved.overrides if resolved.preset else None,
-        loss_state={name: tensor_digest({name: tensor}) for name, tensor in loss_state.items()},
-    )

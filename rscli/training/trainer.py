@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rscli.api import DataSpec, Position, TrainStep
+from rscli.api import DataSpec, Noise, Position, TrainStep
 from rscli.config.layers import Resolved
 from rscli.data.splits import Batch, Split
 from rscli.models.network import Classifier, build_classifier
@@ -30,6 +30,7 @@ from rscli.training.metrics import Meter
 from rscli.training.objective import Objective, attacked
 from rscli.training.precision import Forward, compiled, gradient_scaler
 from rscli.training.processes import Processes
+from rscli.training.ramps import ramped
 
 
 def initial_classifier(resolved: Resolved, spec: DataSpec) -> Classifier:
@@ -172,17 +173,18 @@ class Trainer:
         processes, config = self.processes, self.config
         alike = item.size < processes.world  # too few images to share: every process does all of them
         self.optimizer.zero_grad(set_to_none=True)
-        parts = list(_micro_batches(item, config.micro_batch, self.resolved.loss.m))
+        objective, attack, noise = ramped(self.resolved, self.epoch + self.batch / self.batches)
+        parts = list(_micro_batches(item, config.micro_batch, objective.m))
         values: dict[str, Tensor] = {}
         for place, part in enumerate(parts):
             self._seed_globally(item, place)
-            step = self._train_step(part, position)
-            if self.resolved.attack is not None:
-                step = attacked(self.resolved.attack, step)
+            step = self._train_step(part, position, noise, objective.m)
+            if attack is not None:
+                step = attacked(attack, step)
             share = len(part.labels) / item.size * (1 if alike else processes.world)
             with processes.gathering(self.objective, last=place == len(parts) - 1):
                 with processes.together(shared_statistics=config.sync_batch_norm and not alike):
-                    terms = self.objective(self.resolved.loss, step)
+                    terms = self.objective(objective, step)
                 loss = torch.stack(list(terms.values())).sum()
                 self._backward(loss * share if share != 1 else loss)
             for name, value in _figures(terms, loss, step).items():
@@ -198,10 +200,9 @@ class Trainer:
         own = (self.processes.rank, part) if self.processes.world > 1 or part else ()
         torch.manual_seed(derive(self.config.seed, "global", *key, *own))
 
-    def _train_step(self, part: Batch, position: Position) -> TrainStep:
+    def _train_step(self, part: Batch, position: Position, smoothing: Noise, m: int) -> TrainStep:
         """What losses and attacks see of the images of `part`."""
         key = ("step", self.epoch, part.number, part.chunk)
-        smoothing, loss = self.resolved.noise, self.resolved.loss
         images = part.images.contiguous(memory_format=self.layout)
         draws = StepDraws(
             smoothing,
@@ -219,7 +220,7 @@ class Trainer:
             clean=images,
             labels=part.labels,
             indices=part.indices,
-            noise=draws.noise(loss.m),
+            noise=draws.noise(m),
             smoothing=smoothing,
             generator=generator(self.device, self.config.seed, *key),
             position=position,

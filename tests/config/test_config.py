@@ -161,7 +161,7 @@ def test_every_layer_overrides_the_one_below_and_is_remembered(tmp_path):
 def test_every_leaf_has_a_source():
     found = resolve("row", sets=["arch.name=zoo/tiny", "arch.kwargs.drop_rate=0.1"])
     leaves = {".".join(key) for key in flatten(found.as_dict(), "x")}
-    assert set(found.sources) == leaves
+    assert set(found.sources) == leaves | {"ramps"}  # a section without anything in it
     assert found.sources["arch.kwargs.drop_rate"] == "--set"
 
 
@@ -391,7 +391,8 @@ WRONG = {
     "unknown-name": (["arch.nmae=x"], "arch.nmae = \"x\" (--set): unknown key. Did you mean 'arch.name'?"),
     "unknown-nothing-near": (
         ["zzz=1"],
-        "zzz = 1 (--set): unknown key. The keys here are batch, callbacks, chunk, epochs, loggers, seed",
+        "zzz = 1 (--set): unknown key. The keys here are batch, callbacks, chunk, clip_norm, epochs, holdout, loggers, "
+        "micro_batch, precision, ramps, seed, sync_batch_norm",
     ),
     "unknown-nothing-near-in-section": (
         ["attack.zzz=1"],

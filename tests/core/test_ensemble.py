@@ -21,7 +21,8 @@ from rscli.data.splits import open_split
 from rscli.errors import ConfigError, InputError
 from rscli.models.modelfile import save_model
 from rscli.registry import installed
-from rscli.training.train import initial_classifier, model_card
+from rscli.training.model_card import model_card
+from rscli.training.trainer import initial_classifier
 
 BASE = ("data.name=digits", "arch.name=lenet", "noise.sigma=0.25", "loss.name=gaussian", "optimizer.lr=0.1")
 TINY = {"name": "dncnn", "depth": 3, "width": 4}

@@ -25,7 +25,8 @@ from rscli.models.modelfile import content_digest, load_model, save_model
 from rscli.models.network import Classifier, build_classifier
 from rscli.plugin_files import load_plugin_file
 from rscli.registry import installed
-from rscli.training.train import initial_classifier, model_card
+from rscli.training.model_card import model_card
+from rscli.training.trainer import initial_classifier
 
 BASE = ("data.name=digits", "noise.sigma=0.25", "loss.name=gaussian", "optimizer.lr=0.1")
 TWO = ("arch.name=ensemble", 'arch.members=[{name="lenet"}, {name="cifar-resnet", depth=8}]')

@@ -16,7 +16,8 @@ from rscli.models import modelfile
 from rscli.models.card import ModelCard
 from rscli.models.modelfile import load_model, save_model
 from rscli.models.network import Classifier
-from rscli.training.train import initial_classifier, model_card
+from rscli.training.model_card import model_card
+from rscli.training.trainer import initial_classifier
 
 SETS = ["data.name=digits", "arch.name=cifar-resnet", "arch.depth=8", "noise.sigma=0.25", "loss.name=gaussian"]
 
@@ -134,6 +135,7 @@ def test_the_card_says_where_every_plugin_came_from(written):
         ("schedules", "step"),
         ("loggers", "jsonl"),
         ("callbacks", "checkpoint"),
+        ("callbacks", "collapse"),
     }
     assert {p["package"] for p in card.plugins} == {"rscli"}
     assert all(p["version"] for p in card.plugins)

@@ -206,7 +206,7 @@ def test_what_a_checkpoint_cannot_hold_is_said_when_it_is_written(tmp_path):
 
 
 PROBE = """
-class Probe(Callback):
+class Watch(Callback):
     looks_on = True
 
     def after_epoch(self, run, state):
@@ -222,7 +222,7 @@ def test_a_probe_certifies_held_out_images_and_changes_nothing(tmp_path):
     probed, plain = tmp_path / "probed", tmp_path / "plain"
     probed.mkdir()
     plain.mkdir()
-    train(digits("callbacks.probe={}"), options(probed), Silent())
+    train(digits("callbacks.watch={}"), options(probed), Silent())
     train(digits(), options(plain), Silent())
     states = [rscli.load(folder / "run").network.state_dict() for folder in (probed, plain)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
