@@ -76,11 +76,11 @@ def test_a_stop_in_one_seed_stops_all(trained, code):
     ("words", "said"),
     [
         (["--seeds", "0,1", "--seed", "0"], "are both given"),
-        (["--seeds", "0,0"], "different whole numbers"),
-        (["--seeds", "0,-1"], "different whole numbers"),
-        (["--seeds", "0,,1"], "different whole numbers"),
-        (["--seeds", "1.5"], "different whole numbers"),
-        (["--seeds", ""], "different whole numbers"),
+        (["--seeds", "0,0"], "distinct whole numbers"),
+        (["--seeds", "0,-1"], "distinct whole numbers"),
+        (["--seeds", "0,,1"], "distinct whole numbers"),
+        (["--seeds", "1.5"], "distinct whole numbers"),
+        (["--seeds", ""], "distinct whole numbers"),
         (["--seeds", str(2**63)], "seed"),
     ],
     ids=["both", "twice", "negative", "empty-part", "fraction", "empty", "too-large"],
@@ -97,7 +97,7 @@ def test_a_folder_in_use_is_noticed_before_the_first_seed(trained, here):
     (here / "d" / "seed1" / "config.json").write_text("{}")
     answer = run("--seeds", "0,1", "--out", "d")
     assert answer.exit_code == 2
-    assert "already in" in answer.stderr
+    assert "already a training run in" in answer.stderr
     assert "seed1" in answer.stderr
     assert trained.calls == []
     assert run("--seeds", "0,1", "--out", "d", "--resume").exit_code == 0

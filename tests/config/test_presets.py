@@ -359,7 +359,7 @@ def test_an_unknown_preset_names_the_nearest(name, hint):
 def test_a_preset_that_names_no_row_says_so(packages):
     key = '[preset.published]\ndataset = "mnist"\narch = "lenet"\nmethod = "magic"\nsigma = 0.5\nsetting = ""\n'
     packages({"pa": {"one.toml": FINE.replace("[noise]", f"{key}[noise]")}})
-    with pytest.raises(InputError, match="no table holds"):
+    with pytest.raises(InputError, match="are in no table"):
         published_for("one")
 
 

@@ -136,7 +136,7 @@ def floats(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
-        (broken, "no image in a format"),
+        (broken, "not an image in a format"),
         (truncated, "truncated"),
         (floats, "no known range"),
         (lambda path: None, "No such file"),

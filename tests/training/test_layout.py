@@ -115,7 +115,7 @@ def test_a_run_that_dies_of_a_signal_says_so_and_what_to_try(tmp_path, number):
     assert "--contiguous" in left
     done = subprocess.run([sys.executable, "-m", "rscli", *run, "--resume"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "the run before was killed, or crashed" in " ".join(done.stderr.split())
+    assert "the previous run was killed, or crashed" in " ".join(done.stderr.split())
     assert not (tmp_path / "running.txt").exists()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["epoch"] == 1
 
