@@ -62,14 +62,16 @@ def resume(path: Path) -> None:
 
 
 def impossible(row: Row, protocol: dict) -> list[Row]:
-    """Rows that differ from `row` in one cell, as no run under the protocol can have written them."""
+    """Rows that differ from `row` in one cell, as no run under the protocol can have written them.
+
+    With a grid of radii, an earlier look, which no row tells, may have reached a radius that the last counts no longer show.
+    """
     n, count, runner_up = row.n or 0, row.count or 0, row.runner_up or 0
-    certified = row.predict != -1
+    certified, grid = row.predict != -1, protocol["radii"] is not None
     found = [
         replace(row, idx=10**6),
         replace(row, label=10, correct=False),
         replace(row, label=-1, correct=row.predict == -1),
-        replace(row, predict=10, correct=False) if certified else replace(row, predict=row.label, correct=True),
         replace(row, n=protocol["n"] + 1),
         replace(row, n=n + 1),
         replace(row, n=count + runner_up - 1),
@@ -86,13 +88,16 @@ def impossible(row: Row, protocol: dict) -> list[Row]:
         replace(row, n0=None),
         replace(row, saturated=None),
     ]
+    if not certified and not grid:
+        found.append(replace(row, predict=row.label, correct=True))
     if certified:
         found += [
+            replace(row, predict=10, correct=False),
             replace(row, radius=row.radius + 0.01),
             replace(row, radius=row.radius * 1.0001 + 1e-6),
             replace(row, predict=-1, radius=0.0, correct=row.label == -1),
         ]
-        found += [replace(row, radius=0.0)] if row.radius > 0 else []
+        found += [replace(row, radius=0.0)] if row.radius > 0 and not grid else []
     if runner_up and n - count > runner_up:
         found.append(replace(row, runner_up=(n - count) // 9 - 1 if (n - count) // 9 > 1 else 0))
     return found
