@@ -324,7 +324,7 @@ def parts() -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors and the card of a small model."""
     from rscli.config.layers import resolve
     from rscli.training.model_card import model_card
-from rscli.training.trainer import initial_classifier
+    from rscli.training.trainer import initial_classifier
 
     sets = ["data.name=digits", "arch.name=cifar-resnet", "arch.depth=8", "noise.sigma=0.25", "loss.name=gaussian"]
     found = resolve(sets=[*sets, "optimizer.lr=0.1"])

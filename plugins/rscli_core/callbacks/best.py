@@ -13,7 +13,7 @@ from rscli_core.callbacks._watching import Watching
 class Best(Watching):
     """Keeps the model with the best figure so far in a model file of its own.
 
-    `model-best.safetensors` is a model file like any other; it is replaced whenever an epoch is better, so there is one at most.
+    `model-best.safetensors` is a model file like any other; it is replaced whenever an epoch is better: there is one at most.
     `best_epoch` in the log says which epoch it is from.
     """
 
