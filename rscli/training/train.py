@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,6 +138,7 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
         progress.note(f"resumed after epoch {trainer.epoch}, batch {trainer.batch}")
     size = math.ceil(resolved.config.batch / trainer.chunks)
     with (
+        closing(split),  # and with it the processes that read
         folder.at_work(progress),
         enough_memory(device, f"a step of {size} images with {resolved.loss.m} noisy copies each", TOO_LARGE),
     ):
