@@ -31,6 +31,7 @@ from rscli.image_files import (
     class_folder,
     class_folders,
     has_images,
+    is_image_name,
     list_images,
     loose_images,
     skipped_text,
@@ -611,8 +612,8 @@ class EncodedImages:
     """A split of image files that lie inside other files (a shard, a table), read image by image, in a fixed order.
 
     `encoded[i]` is the content of image file i, `names[i]` what a message calls it, `labels` int64 (n,); `cache` and `note` as
-    in `FileImages`. Several processes read at once: `encoded` can be pickled, and keeps no open file with a position in it. What
-    it raises for a file that cannot be read is an `OSError`, or an `rscli.errors.InputError`.
+    in `FileImages`. Several processes read at once: `encoded` can be pickled, and keeps no open file with a position in it. For
+    a file that cannot be read it raises an `OSError` or an `rscli.errors.InputError`.
     """
 
     encoded: Sequence[bytes]
@@ -819,6 +820,7 @@ __all__ = [
     "class_folders",
     "fields_of",
     "has_images",
+    "is_image_name",
     "list_images",
     "loose_images",
     "skipped_text",

@@ -45,7 +45,7 @@ def _shifted(images: Tensor, across: float = 0.0, down: float = 0.0) -> Tensor:
 
 
 def _sheared(images: Tensor, across: float = 0.0, down: float = 0.0) -> Tensor:
-    """Rows pushed to the right by a share of their distance to the top, or columns down by one of that to the left."""
+    """Rows moved to the left by a share of their distance to the top, or columns up by one of that to the left edge."""
     by = [math.degrees(math.atan(across)), math.degrees(math.atan(down))]
     return _tv("affine", images, angle=0.0, translate=[0, 0], scale=1.0, shear=by, center=[0, 0])
 

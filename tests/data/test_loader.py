@@ -119,10 +119,17 @@ def test_an_epoch_that_is_left_ends_the_workers(split):
 
 
 def test_an_exception_of_the_caller_ends_the_workers(split):
-    with pytest.raises(KeyError), closing(split.batches(epoch=0, **HOW)) as batches:
-        for _ in batches:
-            there = readers()
-            raise KeyError
+    there: set[int] = set()
+
+    def train() -> None:
+        with closing(split.batches(epoch=0, **HOW)) as batches:
+            for _ in batches:
+                there.update(readers())
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        train()
+    assert len(there) == 2
     assert gone(there)
 
 
@@ -157,9 +164,8 @@ def test_a_worker_that_dies_between_epochs_is_said_and_the_next_epoch_begins_ane
     there = readers()
     for pid in there:
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RscliError, match=r"was killed \(signal 9\)"):
-        for epoch in range(1, 50):  # what was read ahead is still given
-            list(split.batches(epoch=epoch, **HOW))
+    with pytest.raises(RscliError, match=r"was killed \(signal 9\)"):  # what was read ahead is still given
+        [list(split.batches(epoch=epoch, **HOW)) for epoch in range(1, 50)]
     alone = FileSplit(files, split.labels, split.spec)
     assert same(list(split.batches(epoch=7, **HOW)), list(alone.batches(epoch=7, **HOW)))
 
@@ -415,7 +421,8 @@ def test_a_crop_of_a_jpeg_file_is_pillows_but_for_a_grey_level(mode, tmp_path, m
     decoded = []
     monkeypatch.setattr(transforms, "_quickly", lambda *found, f=transforms._quickly: decoded.append(f(*found)) or decoded[-1])
     differences = [
-        (crop(tmp_path / "a.jpg", SQUARE, key).int() - reference(tmp_path / "a.jpg", SQUARE, key).int()).abs() for key in range(30)
+        (crop(tmp_path / "a.jpg", SQUARE, key).int() - reference(tmp_path / "a.jpg", SQUARE, key).int()).abs()
+        for key in range(30)
     ]
     assert len(decoded) == 30
     assert all(pixels is not None for pixels in decoded)
