@@ -176,8 +176,8 @@ def _jpeg_crop(stream: BinaryIO, image: Image.Image, size: tuple[int, int], rng:
     reduce = min((box[2] - box[0]) // (REDUCED * size[1]), (box[3] - box[1]) // (REDUCED * size[0]))
     if reduce < 2 and orientation == 1 and (pixels := _quickly(stream, image)) is not None:
         left, top, right, bottom = box
-        part = F.interpolate(pixels[None, :, top:bottom, left:right], size, mode="bilinear", antialias=True)[0]
-        return part.expand(3, *size).contiguous()
+        resized = F.interpolate(pixels[None, :, top:bottom, left:right], size, mode="bilinear", antialias=True)[0]
+        return resized.expand(3, *size).contiguous()
     if reduce >= 2:
         image.draft(image.mode, (-(-image.width // reduce), -(-image.height // reduce)))
         whole = _decoded(image, 3)

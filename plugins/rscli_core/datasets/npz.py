@@ -50,7 +50,9 @@ class Npz(AugmentedSet):
 
     def spec(self, root: Path) -> DataSpec:
         """From the labels and the shape of the images. Raises `InputError` for an archive that does not hold what it should."""
-        shapes, labels, names = {}, {}, ()
+        shapes: dict[str, tuple[int, int, int, int]] = {}
+        labels: dict[str, NDArray[np.int64]] = {}
+        names: tuple[str, ...] = ()
         for split in SPLITS:
             if (file := self._file(split, root)) is None:
                 continue

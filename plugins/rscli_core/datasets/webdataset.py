@@ -172,12 +172,12 @@ def index_of(shard: Path, label: str, size: int, changed: int) -> Index:  # noqa
 def _files(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The regular files of an archive; those before are forgotten, where `tarfile` would keep them all."""
     while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[misc]
+        archive.members = []  # type: ignore[attr-defined]
         if member.isreg() and not member.issparse():
             yield member
     # `tarfile` takes the end of a file that was cut, or what is no header, for the end of the archive.
-    archive.fileobj.seek(archive.offset)  # type: ignore[union-attr]
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # type: ignore[union-attr]
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("it ends, or is damaged, before the mark of its end")
 
 
