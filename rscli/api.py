@@ -40,6 +40,7 @@ from rscli.image_files import (
     class_folder,
     class_folders,
     has_images,
+    is_image_name,
     list_images,
     loose_images,
     skipped_text,
@@ -687,10 +688,12 @@ class Transform(BaseModel):
 
 
 class Augmentation(BaseModel):
-    """What happens to a training image: data, applied by the host.
+    """What happens to a training image, in this order: data, applied by the host, and never in certification or prediction.
 
-    `padding`: zero padding on each side, then a random crop of the input's size. `flip`: horizontal, with probability 1/2.
     `resized_crop`: a random part of the original file (8 to 100 % of its area, aspect 3/4 to 4/3), resized to the input.
+    `padding`: zero padding on each side, then a random crop of the input's size. `flip`: horizontal, with probability 1/2.
+    `rand_augment`: so many operations of RandAugment, each of magnitude `rand_magnitude` of 30 (Cubuk et al. 2020); for images
+    of 1 or 3 channels. `erase`: the probability that a random rectangle is filled with one random colour (Zhong et al. 2020).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -698,6 +701,9 @@ class Augmentation(BaseModel):
     padding: int = Field(0, ge=0, le=LARGEST_SIDE)
     flip: bool = False
     resized_crop: bool = False
+    rand_augment: int = Field(0, ge=0, le=16)
+    rand_magnitude: int = Field(9, ge=0, le=30)
+    erase: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
 
 
 class DataSpec(BaseModel):
@@ -730,6 +736,8 @@ class DataSpec(BaseModel):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != channels:
                 raise ValueError(f"{name} has {len(values)} values, and there are {channels} channels")
+        if self.augmentation.rand_augment and channels not in (1, 3):
+            raise ValueError(f"RandAugment is for images of 1 or 3 channels, and there are {channels}")
         if (self.test_transform.channels, *self.test_transform.crop) != self.shape:
             raise ValueError(f"the test transform gives images of another shape than {self.shape}")
         return self
@@ -765,6 +773,22 @@ class FileImages:
 
 
 @dataclass(frozen=True)
+class EncodedImages:
+    """A split of image files that lie inside other files (a shard, a table), read image by image, in a fixed order.
+
+    `encoded[i]` is the content of image file i, `names[i]` what a message calls it, `labels` int64 (n,); `cache` and `note` as
+    in `FileImages`. Several processes read at once: `encoded` can be pickled, and keeps no open file with a position in it. For
+    a file that cannot be read it raises an `OSError` or an `rscli.errors.InputError`.
+    """
+
+    encoded: Sequence[bytes]
+    names: Sequence[str]
+    labels: NDArray[np.int64]
+    cache: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Finding:
     """One line of `rscli doctor`: `ok`, what was found or is missing, and what to do about it."""
 
@@ -785,7 +809,7 @@ class Dataset(Plugin):
         """What a model must know. Must not need the images where the data set is a fixed one (so that a dry run works)."""
         raise NotImplementedError
 
-    def load(self, split: str, root: Path, *, download: bool = False) -> MemoryImages | FileImages:
+    def load(self, split: str, root: Path, *, download: bool = False) -> MemoryImages | FileImages | EncodedImages:
         """The images of `split` found under the data folder `root`; fetched first if `download` and they are missing.
 
         Raises `rscli.errors.InputError` when the split is unknown, or files are missing (saying what to do).
@@ -938,6 +962,7 @@ __all__ = [
     "Dataset",
     "Decision",
     "Draws",
+    "EncodedImages",
     "FileImages",
     "Finding",
     "ImageListing",
@@ -965,6 +990,7 @@ __all__ = [
     "class_folders",
     "fields_of",
     "has_images",
+    "is_image_name",
     "list_images",
     "loose_images",
     "parts_of",

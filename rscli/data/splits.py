@@ -1,17 +1,19 @@
 """The images of a split as the engine wants them: one by one for certification, in batches on a device for training.
 
 A batch depends on the seed, the epoch and its number alone: not on the device, on the number of workers or processes, or on
-where a resumed run starts. (Augmentations are drawn on the CPU for that reason; they are three numbers an image.)
+where a resumed run starts. (Augmentations are drawn on the CPU for that reason; they are a few numbers an image. What
+RandAugment computes from them may differ by a grey level from one device to another.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -20,18 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils import data as torch_data
 
-from rscli.api import Augmentation, Dataset, DataSpec, FileImages, MemoryImages, Transform
-from rscli.data.transforms import Moves, apply_moves, augment, draw_moves, load_image, load_resized_crop, moves_images
+from rscli.api import Dataset, DataSpec, EncodedImages, FileImages, MemoryImages
+from rscli.data.pieces import Order, Piece, PieceReader, Wanted, joined, one_ahead, piece_size, pieces_ahead, read_pieces
+from rscli.data.sources import EncodedFiles, ImageFiles, PathFiles
+from rscli.data.transforms import Moves, apply_moves, draw_moves, load_image, moves_images
 from rscli.errors import InputError
-from rscli.runtime.files import explained
 from rscli.runtime.guard import broken, calling
-from rscli.runtime.readers import read, stay_in_the_background
-from rscli.runtime.seeds import derive, generator
+from rscli.runtime.seeds import generator
 
-SAMPLED = 1024
-"""Files whose bytes are looked at, to see whether the images are still the same."""
 HOLDOUT = "holdout"
 """What the training images are called that a run sets aside."""
 CACHE_CHUNK = 256
@@ -60,7 +59,7 @@ def open_split(dataset: Dataset, spec: DataSpec, split: str, root: Path, *, down
         raise broken(dataset, "load", problem)
     if isinstance(found, MemoryImages):
         return MemorySplit(found.images, found.labels, spec)
-    files = FileSplit(found.paths, found.labels, spec, workers=workers)
+    files = FileSplit(_files_of(found), found.labels, spec, workers=workers)
     cache = found.cache and not spec.augmentation.resized_crop
     opened: Split = files.in_memory() if cache else files
     opened.note = found.note
@@ -85,6 +84,10 @@ def set_aside(split: Split, count: int, seed: int) -> tuple[Split, Split]:
     check_holdout(count, len(split))
     order = torch.randperm(len(split), generator=generator("cpu", seed, HOLDOUT)).numpy()
     return split.part(np.sort(order[count:])), split.part(order[:count])
+
+
+def _files_of(found: FileImages | EncodedImages) -> ImageFiles:
+    return PathFiles(found.paths) if isinstance(found, FileImages) else EncodedFiles(found)
 
 
 class Batch(NamedTuple):
@@ -139,7 +142,7 @@ class Split(ABC):
 
     @abstractmethod
     def content(self) -> str:
-        """A SHA-256 (hex) of the pixels; of a split that stays in files, of `SAMPLED` of them, evenly spread, or of all."""
+        """A SHA-256 (hex) of the pixels; of a split that stays in files, of 1,024 of them, evenly spread, or of all."""
 
     @abstractmethod
     def image(self, index: int) -> Tensor:
@@ -171,6 +174,9 @@ class Split(ABC):
         being read. Each of `world` processes gets its `rank`-th slice of every chunk; slices differ by one image at
         most. Where a chunk has fewer images than there are processes, each gets the whole of it: nobody goes without.
         """
+
+    def close(self) -> None:  # noqa: B027
+        """Ends the processes that read for this split, if there are any; more batches start them again."""
 
     def _parts(self, *, seed: int, epoch: int, batch: int, start: int, chunks: int, rank: int, world: int) -> list[_Part]:
         """What one process reads of each optimiser step, from batch `start` on."""
@@ -283,25 +289,29 @@ class MemorySplit(Split):
 
 
 class FileSplit(Split):
-    """Images read from disk whenever they are wanted, by `workers` processes (0: by this one)."""
+    """Images read from disk whenever they are wanted, by `workers` processes (0: by this one).
 
-    def __init__(self, paths: Sequence[Path], labels: NDArray[np.int64], spec: DataSpec, *, workers: int = 0) -> None:
+    The first batch of training starts the workers. They go on from epoch to epoch, reading ahead, and end with `close`, when an
+    epoch is left before its end, when the split is forgotten, and in any case with this process.
+    """
+
+    def __init__(
+        self, files: Sequence[Path] | ImageFiles, labels: NDArray[np.int64], spec: DataSpec, *, workers: int = 0
+    ) -> None:
         super().__init__(labels, spec)
-        # One block of bytes: worker processes share it, while a million Path objects would be copied into each of them.
-        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._files = files if isinstance(files, ImageFiles) else PathFiles(files)
         self._workers = workers
+        self._reading: _Reading | None = None
 
     def part(self, places: NDArray[np.int64]) -> FileSplit:
         """See `Split.part`."""
-        paths = [self.path(int(place)) for place in places]
-        return FileSplit(paths, self.labels[places], self.spec, workers=self._workers)
-
-    def path(self, index: int) -> Path:
-        """Where image `index` is."""
-        return _path(self._paths, index)
+        return FileSplit(self._files.part(places), self.labels[places], self.spec, workers=self._workers)
 
     def fingerprint(self) -> str:
-        """The hash of the labels, sizes and paths of the files, the paths below their common folder (so that it can move)."""
+        """The hash of the labels, sizes and paths of the files, the paths below their common folder (so that it can move).
+
+        Of files inside others: of the labels, their names, and the bytes of evenly spaced files.
+        """
         return self._file_fingerprint
 
     def content(self) -> str:
@@ -310,23 +320,18 @@ class FileSplit(Split):
 
     @cached_property
     def _content(self) -> str:
-        return _digest(
-            *(_bytes_digest(self.path(i)) for i in np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).astype(int))
-        )
+        return _digest(*self._files.sampled())
 
     @cached_property
     def _file_fingerprint(self) -> str:
-        paths = [self.path(i) for i in range(len(self))]
-        common = os.path.commonpath({path.parent for path in paths})
-        lines = (os.fsencode(path.relative_to(common).as_posix()) + f"\t{_size(path)}\n".encode() for path in paths)
-        return _digest(*lines, _label_bytes(self.labels))
+        return _digest(*self._files.identity(), _label_bytes(self.labels))
 
     def image(self, index: int) -> Tensor:
         """Image `index` (channel, height, width) under the test transform.
 
         Raises `InputError`, naming the file, if it cannot be read.
         """
-        return to_unit(load_image(self.path(index), self.spec.test_transform))
+        return to_unit(load_image(self._files[index], self.spec.test_transform))
 
     def batches(
         self,
@@ -342,108 +347,92 @@ class FileSplit(Split):
     ) -> Generator[Batch]:
         """See `Split.batches`. Augmentations are keyed by the image's index."""
         device = torch.device(device)
-        parts = self._parts(seed=seed, epoch=epoch, batch=batch, start=start, chunks=chunks, rank=rank, world=world)
-        reader = _Reader(self._paths, self.spec.test_transform, self.spec.augmentation, (seed, "augment", epoch))
-        wanted = [part.indices.numpy() for part in parts]
-        with closing(self._read(reader, wanted, pin=device.type == "cuda")) as pixels:
-            for part, images in zip(parts, pixels, strict=True):
-                labels = torch.from_numpy(self.labels[part.indices.numpy()])
-                yield part.of(to_unit(images.to(device, non_blocking=True)), labels.to(device))
+        mine = weakref.proxy(self)  # a split that is forgotten is gone at once, and its workers with it
+
+        def parts(epoch: int, start: int) -> list[_Part]:
+            found: list[_Part] = mine._parts(
+                seed=seed, epoch=epoch, batch=batch, start=start, chunks=chunks, rank=rank, world=world
+            )
+            return found
+
+        wanted = parts(epoch, start)
+        if not wanted:
+            return
+        images = max(len(part.indices) for part in wanted)
+        reading = self._going_on((seed, batch, chunks, rank, world, device.type), (epoch, start), parts, images)
+        try:
+            with closing(one_ahead((self._batch(part, reading.pieces, device) for part in wanted), device)) as ready:
+                yield from ready
+        except BaseException:  # of the caller, too: nobody wants the rest
+            reading.pieces.close()
+            raise
+        self.close()
+        self._reading = reading._replace(place=(epoch + 1, 0))
+
+    def close(self) -> None:
+        """See `Split.close`."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.pieces.close()
+
+    def _going_on(
+        self, what: tuple[int | str, ...], place: tuple[int, int], parts: Callable[[int, int], list[_Part]], images: int
+    ) -> _Reading:
+        """The reading of the epoch before, if it is at that `place`; else a new one, of parts with so many `images`."""
+        reading, self._reading = self._reading, None
+        if reading is not None and (reading.what, reading.place) == (what, place):
+            return reading
+        if reading is not None:
+            reading.pieces.close()
+        size = piece_size(images, *self.spec.shape[1:])
+        reader = PieceReader(self._files, self.spec.test_transform, self.spec.augmentation, (int(what[0]), "augment"))
+        prefetch = pieces_ahead(images, size, self._workers)
+        order = Order(parts, *place, size)
+        return _Reading(what, place, read_pieces(reader, order, self._workers, pin=what[-1] == "cuda", prefetch=prefetch))
+
+    def _batch(self, part: _Part, pieces: Iterator[Piece], device: torch.device) -> Batch:
+        """The next batch, put together and augmented on the `device`."""
+        images, moves = joined(pieces, len(part.indices), self.spec.shape, device)
+        if moves is not None:
+            images = apply_moves(images, self.spec.augmentation.padding, moves)
+        labels = torch.from_numpy(self.labels[part.indices.numpy()])
+        if device.type == "cuda":
+            labels = labels.pin_memory()
+        return part.of(to_unit(images), labels.to(device, non_blocking=True))
 
     def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Split.in_order`: indices (b,) and images (b, channel, height, width), read by the workers."""
-        chunks = [np.arange(at, min(at + batch, len(self))) for at in range(0, len(self), batch)]
-        with closing(self._read(_Reader(self._paths, self.spec.test_transform), chunks)) as decoded:
-            for rows, pixels in zip(chunks, decoded, strict=True):
-                yield torch.from_numpy(rows), to_unit(pixels)
+        for rows, pixels in self._decoded(batch):
+            yield torch.from_numpy(rows), to_unit(pixels)
 
     def in_memory(self) -> MemorySplit:
         """The same split, every file decoded now with the test transform. Raises `InputError`, naming one that is broken."""
         images = np.empty((len(self), *self.spec.shape), np.uint8)
-        chunks = [np.arange(at, min(at + CACHE_CHUNK, len(self))) for at in range(0, len(self), CACHE_CHUNK)]
-        with closing(self._read(_Reader(self._paths, self.spec.test_transform), chunks)) as decoded:
-            for rows, pixels in zip(chunks, decoded, strict=True):
-                images[rows] = pixels.numpy()
+        for rows, pixels in self._decoded(CACHE_CHUNK):
+            images[rows] = pixels.numpy()
         return MemorySplit(images, self.labels, self.spec, fingerprint=self.fingerprint())
 
-    def _read(self, reader: _Reader, wanted: list[NDArray[np.int64]], *, pin: bool = False) -> Generator[Tensor]:
-        loader = torch_data.DataLoader(
-            reader,
-            sampler=wanted,  # every item is a whole batch: its images' indices
-            batch_size=None,
-            num_workers=self._workers,
-            pin_memory=pin,
-            worker_init_fn=stay_in_the_background,
-            generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
-        )
-        with closing(read(loader)) as found:
-            for images in found:
-                if isinstance(images, InputError):
-                    raise images
-                yield images
+    def _decoded(self, batch: int) -> Generator[tuple[NDArray[np.int64], Tensor]]:
+        """Every image once under the test transform, uint8, after its index; in batches."""
+        chunks = [np.arange(at, min(at + batch, len(self))) for at in range(0, len(self), batch)]
+        reader = PieceReader(self._files, self.spec.test_transform)
+        with closing(read_pieces(reader, [Wanted(0, chunk) for chunk in chunks], self._workers)) as pieces:
+            for rows, piece in zip(chunks, pieces, strict=True):
+                yield rows, piece.pixels
+
+
+class _Reading(NamedTuple):
+    """Pieces that are read from epoch to epoch: what of (seed, batch, ...), and the (epoch, batch) that comes next."""
+
+    what: tuple[int | str, ...]
+    place: tuple[int, int]
+    pieces: Generator[Piece]
 
 
 def to_unit(images: Tensor) -> Tensor:
     """uint8 pixels of any shape as float32 in [0, 1], of that shape and on the same device."""
     # A tensor as divisor: CUDA multiplies by the reciprocal of a number, which is off by one bit for some pixels.
     return images.float() / torch.full((), 255.0, device=images.device)
-
-
-# --- reading files, perhaps in worker processes ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Reader(torch_data.Dataset[Tensor | InputError]):
-    """Reads the images with given indices; with a `key`, augmented by draws that are keyed by the image's index."""
-
-    paths: NDArray[np.bytes_]
-    transform: Transform
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    key: tuple[int, str, int] | None = None
-
-    def __getitem__(self, indices: NDArray[np.int64]) -> Tensor | InputError:
-        """uint8 (b, channel, height, width); or the error, as a value: raised in a worker, it would arrive as a traceback."""
-        out = torch.empty(len(indices), self.transform.channels, *self.transform.crop, dtype=torch.uint8)
-        try:
-            for row, index in enumerate(indices.tolist()):
-                out[row] = self._one(index)
-        except InputError as error:
-            return error
-        return out
-
-    def _one(self, index: int) -> Tensor:
-        path = _path(self.paths, index)
-        if self.key is None:
-            return load_image(path, self.transform)
-        seed, purpose, epoch = self.key
-        if self.augmentation.resized_crop:
-            rng = np.random.default_rng(derive(seed, purpose, epoch, index))
-            image = load_resized_crop(path, self.transform, rng)
-        else:
-            image = load_image(path, self.transform)
-        return augment(image[None], self.augmentation, generator("cpu", seed, purpose, epoch, index))[0]
-
-
-def _path(paths: NDArray[np.bytes_], index: int) -> Path:
-    return Path(os.fsdecode(bytes(paths[index])))
-
-
-def _size(path: Path) -> int:
-    with _reading(path):
-        return path.stat().st_size
-
-
-def _bytes_digest(path: Path) -> bytes:
-    with _reading(path):
-        return hashlib.sha256(path.read_bytes()).digest()
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as cause:
-        raise explained(cause, f"cannot read the image {path}", "Restore the file.") from cause
 
 
 def _digest(*blocks: bytes | memoryview) -> str:
@@ -466,7 +455,18 @@ def _images_problem(found: object, spec: DataSpec) -> str | None:
         return _pixels_problem(found, spec) or _labels_problem(found.labels, len(found.images), classes)
     if isinstance(found, FileImages):
         return _paths_problem(found) or _labels_problem(found.labels, len(found.paths), classes)
-    return f"returned {type(found).__name__}, neither MemoryImages nor FileImages"
+    if isinstance(found, EncodedImages):
+        return _encoded_problem(found) or _labels_problem(found.labels, len(found.encoded), classes)
+    return f"returned {type(found).__name__}, neither MemoryImages nor FileImages nor EncodedImages"
+
+
+def _encoded_problem(found: EncodedImages) -> str | None:
+    for each in (found.encoded, found.names):
+        if not all(hasattr(each, method) for method in ("__len__", "__getitem__")):
+            return f"gave images or names that are no sequence: {each!r:.80}"
+    if len(found.encoded) != len(found.names):
+        return f"gave {len(found.encoded)} images and {len(found.names)} names"
+    return None
 
 
 def _paths_problem(found: FileImages) -> str | None:

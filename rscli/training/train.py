@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -152,7 +152,7 @@ class _Training:
             size = min(size, max(1, self.resolved.config.micro_batch // self.resolved.loss.m))
         copies = f"a forward of {size} images with {self.resolved.loss.m} noisy copies each"
         at_work = self.folder.at_work(self.progress) if self.processes.first else nullcontext()
-        with at_work, enough_memory(self.device, copies, TOO_LARGE):
+        with closing(split), at_work, enough_memory(self.device, copies, TOO_LARGE):
             run.complete()
         if self.processes.first:
             run.write_model(self.folder.model)

@@ -15,7 +15,7 @@ NAMES = {entry.name for entry in installed().entries() if entry.package == "rscl
 WORDS = {"step", "checkpoint", "digits", "ensemble"}
 """Names that are words of the program too; a plugin called so is not meant by them."""
 
-LIBRARIES = {("rscli/runtime/devices.py", "timm")}
+LIBRARIES = {("rscli/runtime/devices.py", "timm"), ("rscli/runtime/devices.py", "torchvision")}
 """Where a name is that of a Python library."""
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rscli.api import Augmentation, Dataset, DataSpec, Finding, MemoryImages, Transform
+from rscli.api import DataSpec, Finding, MemoryImages, Transform
 from rscli.errors import InputError
 from rscli_core.datasets._folders import fetching, name_some, unknown_split
+from rscli_core.datasets._images import AUGMENTATIONS, AugmentedSet
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
@@ -18,7 +19,7 @@ ARCHIVE = "cifar-10-python.tar.gz"
 HINT = f"`--download` fetches them; it unpacks {ARCHIVE} without a network if that is in the data folder."
 
 
-class Cifar10(Dataset):
+class Cifar10(AugmentedSet):
     """CIFAR-10: 32x32 RGB photographs, ten classes; 50,000 for training, 10,000 for testing."""
 
     def spec(self, root: Path) -> DataSpec:
@@ -29,7 +30,7 @@ class Cifar10(Dataset):
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2023, 0.1994, 0.2010),
             test_transform=Transform(channels=3, resize=32, crop=(32, 32)),
-            augmentation=Augmentation(padding=4, flip=True),
+            augmentation=self.augmentation(AUGMENTATIONS["crop-flip"]),
             sizes={"train": 50_000, "test": 10_000},
         )
 

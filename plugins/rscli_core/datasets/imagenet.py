@@ -7,8 +7,6 @@ from pathlib import Path
 from pydantic import Field
 
 from rscli.api import (
-    Augmentation,
-    Dataset,
     DataSpec,
     FileImages,
     Finding,
@@ -20,12 +18,13 @@ from rscli.api import (
 )
 from rscli.errors import InputError
 from rscli_core.datasets._folders import count, labelled_images, name_some, unknown_split
+from rscli_core.datasets._images import AUGMENTATIONS, AugmentedSet
 
 FOLDERS = {"train": "train", "test": "val", "val": "val"}
 """The folder of each split: the held-out images of the field are those of val/."""
 
 
-class ImageNet(Dataset):
+class ImageNet(AugmentedSet):
     """ImageNet (ILSVRC 2012): photographs cropped to 224x224, 1000 classes; read from imagenet/{train,val}/CLASS/*.JPEG.
 
     The split `test` is the folder val/. Files come by class, then by name, so that every hundredth test image is the field's
@@ -44,7 +43,7 @@ class ImageNet(Dataset):
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
             test_transform=Transform(channels=3, resize=256, crop=(224, 224)),
-            augmentation=Augmentation(flip=True, resized_crop=True),
+            augmentation=self.augmentation(AUGMENTATIONS["resized-crop"]),
             sizes={"train": 1_281_167, "test": 50_000} if self.classes == 1000 else {},
         )
 
