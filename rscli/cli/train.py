@@ -13,6 +13,7 @@ from rscli.errors import InputError
 
 if TYPE_CHECKING:
     from rscli.config.layers import Resolved
+    from rscli.runtime.progress import Progress
     from rscli.training.train import TrainOptions
 
     Run = tuple[Resolved, TrainOptions]
@@ -22,6 +23,10 @@ def train(
     preset: Annotated[str | None, typer.Option("--preset", help="Start from a row of a paper: see `rscli presets`.")] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="A TOML file of settings, above the preset.", readable=False)
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option("--init", metavar="FILE", help="Start from these weights: a model file, or a checkpoint of other code."),
     ] = None,
     sets: opt.Sets = None,
     _plugin: opt.PluginFiles = None,
@@ -61,6 +66,8 @@ def train(
 
         rscli train --preset mnist-cons-0.5 --seeds 0,1,2
 
+        rscli train --preset mnist-cons-0.5 --init runs/mnist-cons-0.25/seed0 --set epochs=10
+
         rscli train --preset imagenet-cons-0.5 --dry-run
     """
     from rscli.cli.output import emit_json, listener
@@ -69,7 +76,7 @@ def train(
     from rscli.training.train import train as run
 
     chosen = _seeds(seeds, seed)
-    every = [resolve(preset=preset, config_file=config, sets=sets or (), flags={"seed": one}) for one in chosen]
+    every = [resolve(preset=preset, config_file=config, sets=sets or (), flags={"seed": one, "init": init}) for one in chosen]
     how = TrainOptions(
         out=out or Path("runs") / _name(every[0], preset),
         data_dir=data_dir,
@@ -85,7 +92,7 @@ def train(
     for note in every[0].notes:
         progress.note(note)
     if dry_run:
-        _show_plans(runs, json, several=seeds is not None)
+        _show_plans(runs, json, progress, several=seeds is not None)
         return
     if len(runs) > 1 and not resume:
         _check_unused(runs)
@@ -128,7 +135,7 @@ def _check_unused(runs: list[Run]) -> None:
         raise InputError(f"there is a training run already in {', '.join(used)}", hint)
 
 
-def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
+def _show_plans(runs: list[Run], json: bool, progress: Progress, *, several: bool) -> None:
     """The dry run: configuration with sources, size of the network, steps, files; several runs differ in seed and files."""
     from rich.table import Table
 
@@ -138,6 +145,8 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     from rscli.training.train import outlook
 
     plans = [outlook(resolved, how) for resolved, how in runs]
+    for note in plans[0].notes:
+        progress.note(note)
     if json:
         answers = [
             {"config": one.as_dict(), "sources": one.sources, **asdict(plan), "files": [str(file) for file in plan.files]}

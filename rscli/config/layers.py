@@ -212,6 +212,8 @@ def _assemble(
     groups = {name: _build_group(name, given, problems) for name, given in several.items()}
     if head is not None and "loss" in plugins:
         _check_chunks(head, cast(Loss, plugins["loss"]), problems)
+    if head is not None and head.init is not None and getattr(plugins.get("arch"), "pretrained", False):
+        problems.add(("init",), "names a file of weights, and arch.pretrained = true asks for others; leave one out")
     problems.check()
     assert head is not None  # for mypy: without a head there was a problem
     names = {name: str(sections[name]["name"]) for name in plugins}

@@ -49,15 +49,7 @@ def load_model(path: Path) -> Smoothed:
     Raises `InputError` if the file is missing, foreign, truncated, of a newer format, or its tensors are not those it was
     written with; `PluginError` if a plugin it needs is not installed.
     """
-    if not path.is_file():
-        raise _missing(path)
-    tensors, text = _read(path)
-    card = _card(path, text)
-    if content_digest(tensors, decode_json(text)) != card.sha256:
-        raise InputError(
-            f"{path} does not hold what it was written with: its weights or its description were changed or damaged",
-            "Copy it again, or train anew.",
-        )
+    tensors, card = read_model(path)
     registry = installed()
     architecture = cast(Architecture, _plugin(registry, "architectures", card.arch, card, path))
     noise = cast(Noise, _plugin(registry, "noises", card.noise, card, path))
@@ -70,6 +62,32 @@ def load_model(path: Path) -> Smoothed:
         transform=card.spec.test_transform,
         source=Source(path, card, file_digest(path)),
     )
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], ModelCard]:
+    """The tensors of a model file, and what it says of itself; checked against each other, but nothing is built.
+
+    Raises `InputError` as `load_model` does.
+    """
+    if not path.is_file():
+        raise _missing(path)
+    tensors, text = _read(path)
+    card = _card(path, text)
+    if content_digest(tensors, decode_json(text)) != card.sha256:
+        raise InputError(
+            f"{path} does not hold what it was written with: its weights or its description were changed or damaged",
+            "Copy it again, or train anew.",
+        )
+    return tensors, card
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether `path` is one of rscli's model files, whole or not."""
+    try:
+        with open_regular(path) as opened, safe_open(opened, framework="pt") as file:
+            return "rscli" in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, InputError):
+        return False
 
 
 def card_of(model: Smoothed) -> ModelCard:

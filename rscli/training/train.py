@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rscli import __version__
@@ -26,6 +27,7 @@ from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest, stop_requests
 from rscli.runtime.torchrun import world_size
+from rscli.sampling.certifiable import check_certifiable, why_not_certifiable
 from rscli.training.checkpoint import fitting
 from rscli.training.context import SetupContext
 from rscli.training.minimum_batch import check_single_image_batches
@@ -60,6 +62,7 @@ class Outlook:
     steps_per_epoch: int | None
     chunks: int
     files: list[Path]
+    notes: tuple[str, ...] = ()
 
 
 def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
@@ -73,9 +76,10 @@ def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     chunks = resolved.loss.m if resolved.chunked else 1
     steps = None if images is None else steps_per_epoch(images, resolved.config.batch, chunks)
     classifier = initial_classifier(resolved, spec)
+    check_certifiable(classifier, spec.shape, torch.device("cpu"))
     if images:
         check_single_image_batches(resolved, classifier, spec, images)
-    return Outlook(parameter_count(classifier), images, steps, chunks, RunFolder(options.out).files())
+    return Outlook(parameter_count(classifier), images, steps, chunks, RunFolder(options.out).files(), classifier.start.notes)
 
 
 def _check_copies(resolved: Resolved) -> None:
@@ -111,10 +115,14 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     if split.note:
         progress.warn(split.note)
     trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
+    start = trainer.classifier.start
+    for text in start.notes:
+        progress.note(text)
+    check_certifiable(trainer.classifier, spec.shape, device)
     check_single_image_batches(resolved, trainer.classifier, spec, len(split))
     folder = RunFolder(options.out)
     files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
-    record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
+    record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files, "init_sha256": start.sha256}
     state = folder.open(record, trainer.data, resume=options.resume)
     if state is not None and folder.model.exists() and state["epoch"] >= resolved.config.epochs:
         progress.note(f"{folder.model} is finished already")
@@ -141,7 +149,10 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
         enough_memory(device, f"a step of {size} images with {resolved.loss.m} noisy copies each", TOO_LARGE),
     ):
         run.complete()
-    save_model(folder.model, trainer.classifier, model_card(resolved, spec, trainer.loss_state))
+    card = model_card(resolved, trainer.classifier.spec, trainer.loss_state)
+    save_model(folder.model, trainer.classifier, card.model_copy(update={"origin": start.origin}))
+    if why := why_not_certifiable(trainer.classifier, spec.shape, device):
+        progress.warn(f"{folder.model} cannot be certified: {why}")
     return folder.model
 
 

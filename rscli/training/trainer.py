@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from rscli.api import Attack, DataSpec, Loss, Position, TrainStep
 from rscli.config.layers import Resolved
 from rscli.data.splits import Batch, Split
-from rscli.models.network import Classifier, build_classifier
+from rscli.models.initial import start_from
+from rscli.models.network import Classifier, build_classifier, head_of
 from rscli.runtime.guard import broken, calling, draw_noise, number
 from rscli.runtime.seeds import derive, generator
 from rscli.training.checkpoint import check_optimizer, check_place, settings_of, training_data
+from rscli.training.freezing import freeze
 from rscli.training.layout import training_layout
 from rscli.training.metrics import Meter
 
@@ -31,9 +33,12 @@ RESERVED = {"loss", "accuracy", "epoch", "batch", "chunk", "lr", "images_per_s",
 
 
 def initial_classifier(resolved: Resolved, spec: DataSpec) -> Classifier:
-    """The classifier with the initial weights of the run's seed."""
+    """The classifier with the initial weights of the run's seed, or those that it is to start from; what stays is frozen."""
     torch.manual_seed(derive(resolved.config.seed, "weights"))
-    return build_classifier(resolved.architecture, spec)
+    classifier = build_classifier(resolved.architecture, spec)
+    start_from(classifier, resolved)
+    freeze(classifier, resolved.config.freeze, lambda: head_of(resolved.architecture, spec))
+    return classifier
 
 
 class Trainer:
