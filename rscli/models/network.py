@@ -58,7 +58,7 @@ class Start:
     @property
     def origin(self) -> str | None:
         """The file and its digest in a line, for the model file."""
-        return self.path and f"trained from the weights in {self.path.name} (sha256 {self.sha256})"
+        return None if self.path is None else f"trained from the weights in {self.path.name} (sha256 {self.sha256})"
 
 
 class Classifier(nn.Module):

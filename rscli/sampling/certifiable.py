@@ -4,7 +4,7 @@ A certificate is a statement about one function of an image, whose votes are cou
 network must therefore answer for each image from that image alone, and always the same. What does not: batch normalisation
 without running statistics, dropout that ignores eval mode, dynamic quantisation (its scale is that of the whole batch).
 
-A trial shows that something is wrong, and never proves that nothing is: it sees two images, once each.
+A trial shows that something is wrong, and never proves that nothing is: it sees two images.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_certifiable(network: nn.Module, shape: tuple[int, int, int], device: t
 def why_not_certifiable(network: nn.Module, shape: tuple[int, int, int], device: torch.device) -> str | None:
     """Why no certificate of `network`, on `device`, would hold; None if a trial finds no reason.
 
-    An image of uniform noise, `shape` (channel, height, width), is classified beside another one, twice; beside itself; and
+    Two images of uniform noise, `shape` (channel, height, width), are classified together, twice; each beside itself; and each
     alone, where the network takes a single image. All must give the same logits, up to rounding: up to the square root of the
     type's machine epsilon (3e-4 in float32), relative to the largest logit. Sums in another order differ by a few
     epsilons a layer, far below it; what depends on random numbers or on other images differs by far more than it.
@@ -49,18 +49,21 @@ def why_not_certifiable(network: nn.Module, shape: tuple[int, int, int], device:
         limit = _epsilon(network, first) ** 0.5 * float(first.abs().max())
         if (apart := _apart(first, again)) > limit:
             return f"it answers the same images differently from one time to the next ({_said(apart, first)})"
-        beside = network(pair[:1].expand_as(pair).contiguous())
-        apart = max(_apart(beside, first[:1].expand_as(beside)), _alone(network, pair, first))
+        apart = max(_without_the_other(network, pair[place], first[place]) for place in range(2))
         if apart > limit:
             return f"its answer for an image depends on the other images in the batch ({_said(apart, first)})"
     return None
 
 
-def _alone(network: nn.Module, pair: Tensor, first: Tensor) -> float:
-    """How far the logits of the first image alone are from those beside another; 0 if the network takes no single image."""
+def _without_the_other(network: nn.Module, image: Tensor, logits: Tensor) -> float:
+    """How far the `logits` of an image beside another are from those beside itself, and alone.
+
+    Alone only where the network takes a single image: some have one batch size.
+    """
+    apart = _apart(network(torch.stack((image, image))), torch.stack((logits, logits)))
     with suppress(Exception):
-        return _apart(network(pair[:1]), first[:1])
-    return 0.0
+        apart = max(apart, _apart(network(image[None]), logits[None]))
+    return apart
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -19,7 +19,7 @@ from rscli.data.splits import open_split, spec_of
 from rscli.errors import InputError, Stopped
 from rscli.models.card import ModelCard
 from rscli.models.modelfile import save_model, tensor_digest
-from rscli.models.network import parameter_count
+from rscli.models.network import LARGE, parameter_count
 from rscli.plugin_files import from_file
 from rscli.runtime.devices import environment, pick_device
 from rscli.runtime.guard import calling
@@ -76,7 +76,8 @@ def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     chunks = resolved.loss.m if resolved.chunked else 1
     steps = None if images is None else steps_per_epoch(images, resolved.config.batch, chunks)
     classifier = initial_classifier(resolved, spec)
-    check_certifiable(classifier, spec.shape, torch.device("cpu"))
+    if math.prod(spec.shape) <= LARGE:  # larger ones would take the memory that a dry run does without
+        check_certifiable(classifier, spec.shape, torch.device("cpu"))
     if images:
         check_single_image_batches(resolved, classifier, spec, images)
     return Outlook(parameter_count(classifier), images, steps, chunks, RunFolder(options.out).files(), classifier.start.notes)

@@ -175,9 +175,10 @@ class TimmModel(Architecture):
         import timm
 
         try:
-            return int(timm.get_pretrained_cfg_value(self.model, "input_size")[-1])
-        except RuntimeError:
+            found = timm.get_pretrained_cfg(self.model)
+        except RuntimeError:  # a tag that it does not know
             return None
+        return None if found is None else int(found.input_size[-1])
 
     def _size_that_fits(self, spec: DataSpec, side: int) -> int | None:
         """The smallest of `SIZES` from `side` on, or else the model's own, that it takes; None if the size is not the reason.
