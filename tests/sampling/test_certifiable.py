@@ -169,3 +169,28 @@ def test_training_does_not_begin(tmp_path):
         with pytest.raises(InputError, match=BATCH):
             begin()
     assert not (tmp_path / "run").exists()
+
+
+LATE = (
+    PLUGIN.replace("return nn.Sequential(", "net = nn.Sequential(").replace("class Batchy", "class Late")
+    + """
+        nn.init.zeros_(net[3].weight)
+        nn.init.zeros_(net[3].bias)
+        return net
+"""
+)
+
+
+@pytest.mark.usefixtures("_forget")
+def test_what_shows_only_after_training_is_said_at_its_end(tmp_path):
+    """A head of zeros hides at first that the layers below look at the batch; the model is kept, and gets no certificate."""
+    (tmp_path / "late.py").write_text(LATE)
+    load_plugin_file(tmp_path / "late.py")
+    sets = ["data.name=digits", "arch.name=late", "noise.sigma=0.25", "loss.name=gaussian", "optimizer.lr=0.1", "epochs=1"]
+    warned: list[str] = []
+    listener = Silent()
+    listener.warn = warned.append
+    model = train(resolve(sets=sets), TrainOptions(out=tmp_path / "run", data_dir=tmp_path, device="cpu", workers=0), listener)
+    assert any(f"{model} cannot be certified" in text and BATCH in text for text in warned)
+    with pytest.raises(InputError, match=BATCH):
+        rscli.load(model).certify(torch.rand(1, 1, 28, 28), n=100)
