@@ -377,7 +377,9 @@ def test_kwargs_keep_their_types():
         pytest.param({"model": "resnet18", "kwargs": {"act_layer": "nope"}}, CIFAR, "'resnet18'.*nope", id="bad-kwarg"),
         pytest.param({"model": "resnet18", "kwargs": {"features_only": True}}, CIFAR, "answers a list", id="not-logits"),
         pytest.param({"model": "resnet18", "kwargs": {"global_pool": ""}}, CIFAR, "refuses", id="no-pooling"),
-        pytest.param({"model": "vit_tiny_patch16_224"}, (1, 8, 8), "does not take images of 8x8 pixels", id="smaller-than-a-patch"),
+        pytest.param(
+            {"model": "vit_tiny_patch16_224"}, (1, 8, 8), "does not take images of 8x8 pixels", id="smaller-than-a-patch"
+        ),
         pytest.param({"model": "vit_tiny_patch16_224", "kwargs": {"img_size": 64}}, CIFAR, "64", id="the-users-size-stays"),
     ],
 )
