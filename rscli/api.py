@@ -567,6 +567,10 @@ class Architecture(Plugin):
         """The network's name of a tensor that other code calls `name`, whatever is in front of it; an unknown `name` stays."""
         return name
 
+    def normalization(self, spec: DataSpec) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and std, per channel of `spec.shape`, that the pretrained weights of `build` want; None: those of the data."""
+        return None
+
     def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
         """A freshly initialised network from images of `spec.shape` to `len(spec.class_names)` logits.
 

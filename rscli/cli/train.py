@@ -13,6 +13,7 @@ from rscli.errors import InputError
 
 if TYPE_CHECKING:
     from rscli.config.layers import Resolved
+    from rscli.runtime.progress import Progress
     from rscli.training.train import TrainOptions
 
     Run = tuple[Resolved, TrainOptions]
@@ -34,6 +35,15 @@ Config = Annotated[
         metavar="FILE",
         help="TOML file of settings, which override the preset's.",
         readable=False,
+        rich_help_panel=opt.SETTINGS,
+    ),
+]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        metavar="FILE",
+        help="Start from these weights: a model file, or a checkpoint of other code.",
         rich_help_panel=opt.SETTINGS,
     ),
 ]
@@ -98,6 +108,7 @@ def train(
     quiet: opt.Quiet = False,
     preset: Preset = None,
     config: Config = None,
+    init: Init = None,
     sets: opt.Sets = None,
     _plugin: opt.PluginFiles = None,
     seed: Seed = None,
@@ -124,6 +135,8 @@ def train(
 
         rscli train --preset mnist-cons-0.5 --seeds 0,1,2
 
+        rscli train --preset mnist-cons-0.5 --init runs/mnist-cons-0.25/seed0 --set epochs=10
+
         rscli train --preset imagenet-cons-0.5 --dry-run
 
         torchrun --nproc-per-node 8 -m -- rscli train --preset imagenet-cons-0.5 --precision bf16
@@ -135,7 +148,7 @@ def train(
     from rscli.training.train import train as run
 
     chosen = _seeds(seeds, seed)
-    flags = {"precision": precision, "micro_batch": micro_batch}
+    flags = {"precision": precision, "micro_batch": micro_batch, "init": init}
     every = [resolve(preset=preset, config_file=config, sets=sets or (), flags={**flags, "seed": one}) for one in chosen]
     how = TrainOptions(
         out=out or Path("runs") / _name(every[0], preset),
@@ -154,7 +167,7 @@ def train(
     for note in every[0].notes:
         progress.note(note)
     if dry_run:
-        _show_plans(runs, json, several=seeds is not None)
+        _show_plans(runs, json, progress, several=seeds is not None)
         return
     if len(runs) > 1 and not resume:
         _check_unused(runs)
@@ -197,7 +210,7 @@ def _check_unused(runs: list[Run]) -> None:
         raise InputError(f"there is already a training run in {', '.join(used)}", hint)
 
 
-def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
+def _show_plans(runs: list[Run], json: bool, progress: Progress, *, several: bool) -> None:
     """The dry run: configuration with sources, size of the network, steps, files; several runs differ in seed and files."""
     from rich.table import Table
 
@@ -207,6 +220,8 @@ def _show_plans(runs: list[Run], json: bool, *, several: bool) -> None:
     from rscli.training.train import outlook
 
     plans = [outlook(resolved, how) for resolved, how in runs]
+    for note in plans[0].notes:
+        progress.note(note)
     if json:
         answers = [
             {"config": one.as_dict(), "sources": one.sources, **asdict(plan), "files": [str(file) for file in plan.files]}

@@ -216,6 +216,8 @@ def _assemble(
     if head is not None:
         check_ramps(head, plugins, problems)
         _check_holdout(head, groups["callbacks"], problems)
+    if head is not None and head.init is not None and getattr(plugins.get("arch"), "pretrained", False):
+        problems.add(("init",), "names a file of weights, and arch.pretrained = true asks for others; leave one out")
     problems.check()
     assert head is not None  # for mypy: without a head there was a problem
     names = {name: str(sections[name]["name"]) for name in plugins}

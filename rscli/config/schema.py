@@ -77,6 +77,14 @@ class TrainConfig(Section):
         description="training images set aside, chosen by the seed: not trained on, but looked at by probes",
         json_schema_extra=unit("images"),
     )
+    init: str | None = Field(
+        None, min_length=1, description="a file of weights to start from: a model file, or a checkpoint of other code"
+    )
+    freeze: list[str] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="parameters that stay as they are: patterns of names, such as network.layer1.*, or `all but the head`",
+    )
     data: dict[str, Any] = Field(description="the data set")
     arch: dict[str, Any] = Field(description="the architecture")
     noise: dict[str, Any] = Field(description="the smoothing distribution")

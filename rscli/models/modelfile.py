@@ -49,15 +49,7 @@ def load_model(path: Path) -> Smoothed:
     Raises `InputError` if the file is missing, foreign, truncated, of a newer format, or its tensors are not those it was
     written with; `PluginError` if a plugin it needs is not installed.
     """
-    if not path.is_file():
-        raise _missing(path)
-    tensors, text = _read(path)
-    card = _card(path, text)
-    if content_digest(tensors, decode_json(text)) != card.sha256:
-        raise InputError(
-            f"{path} was changed or damaged after it was written: its weights and description do not match its digest",
-            "Copy it again, or train again.",
-        )
+    tensors, card = read_model(path)
     architecture = cast(Architecture, recorded_plugin("architectures", card.arch, card, str(path))[1])
     noise = cast(Noise, recorded_plugin("noises", card.noise, card, str(path))[1])
     classifier = _rebuilt(architecture, card, tensors, path)
@@ -69,6 +61,32 @@ def load_model(path: Path) -> Smoothed:
         transform=card.spec.test_transform,
         source=Source(path, card, file_digest(path)),
     )
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], ModelCard]:
+    """The tensors of a model file, and what it says of itself; checked against each other, but nothing is built.
+
+    Raises `InputError` as `load_model` does.
+    """
+    if not path.is_file():
+        raise _missing(path)
+    tensors, text = _read(path)
+    card = _card(path, text)
+    if content_digest(tensors, decode_json(text)) != card.sha256:
+        raise InputError(
+            f"{path} was changed or damaged after it was written: its weights and description do not match its digest",
+            "Copy it again, or train again.",
+        )
+    return tensors, card
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether `path` is one of rscli's model files, whole or not."""
+    try:
+        with open_regular(path) as opened, safe_open(opened, framework="pt") as file:
+            return "rscli" in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, InputError):
+        return False
 
 
 def card_of(model: Smoothed) -> ModelCard:

@@ -6,7 +6,9 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Literal, cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +48,48 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where initial weights came from: a file and its digest (SHA-256), if any, and what there is to say of it."""
+
+    path: Path | None = None
+    sha256: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def origin(self) -> str | None:
+        """The file and its digest in a line, for the model file."""
+        return None if self.path is None else f"trained from the weights in {self.path.name} (sha256 {self.sha256})"
+
+
 class Classifier(nn.Module):
     """Images (batch, channel, height, width) in [0, 1] to logits (batch, classes).
 
-    The normalisation of `spec` comes in front, unless the network `normalizes` by itself.
+    The normalisation of `spec` comes in front, unless the network `normalizes` by itself. `start` says where its weights came
+    from. The modules named in `kept` stay in eval mode whatever `train` says: normalisation layers that are frozen.
     """
 
     def __init__(self, network: nn.Module, spec: DataSpec, *, normalizes: bool = False) -> None:
         super().__init__()
-        known = spec.mean is not None and spec.std is not None and not normalizes
-        self.normalize = Normalize(spec.mean or (), spec.std or ()) if known else nn.Identity()
+        self.normalizes = normalizes
+        self.normalize: nn.Module = nn.Identity()
         self.network = network
+        self.kept: tuple[str, ...] = ()
+        self.start = Start()
+        self.fit_to(spec)
+
+    def fit_to(self, spec: DataSpec) -> None:
+        """Puts the normalisation of `spec` in front."""
+        known = spec.mean is not None and spec.std is not None and not self.normalizes
+        self.normalize = Normalize(spec.mean or (), spec.std or ()) if known else nn.Identity()
+        self.spec = spec
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, but for the modules that are `kept` in eval mode."""
+        super().train(mode)
+        for name in self.kept:
+            self.get_submodule(name).training = False
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits (batch, classes)."""
@@ -190,6 +223,17 @@ def no_larger_than(tensors: Mapping[str, Tensor]) -> Iterator[None]:
 def _of_memory(cause: RuntimeError) -> bool:
     """Whether torch could not make a tensor: none so large can be, or there is no room."""
     return any(words in str(cause) for words in ("memory", "overflow", "Storage size", "too large"))
+
+
+def head_of(architecture: Architecture, spec: DataSpec) -> frozenset[str]:
+    """The names of the head's tensors in the state dict of the network: those that change with the number of classes.
+
+    Found by building the network for one class more; torch's random numbers stay as they are.
+    """
+    wider = spec.model_copy(update={"class_names": (*spec.class_names, "one more")})
+    with torch.random.fork_rng(devices=[]):
+        here, there = (build_classifier(architecture, each, weights=False).network.state_dict() for each in (spec, wider))
+    return frozenset(name for name in here if name not in there or here[name].shape != there[name].shape)
 
 
 def parameter_count(module: nn.Module) -> int:

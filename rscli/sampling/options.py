@@ -17,6 +17,7 @@ from rscli.runtime.devices import check_precision, emulated, memory_layout, pick
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress
 from rscli.sampling.autotune import Choice, Make, Stop, speed_of, try_compiled, tune
+from rscli.sampling.certifiable import check_certifiable
 from rscli.sampling.sampler import Sampler
 from rscli.sampling.threads import parallel_batches
 
@@ -62,8 +63,8 @@ class SamplingOptions:
         """A sampler of `model`, whose network is moved to the device, and how it was chosen.
 
         `before` is the `info` of a run that is continued; `stop` is asked during a trial, which it ends. Raises `InputError`
-        for a device or precision that is unavailable or if the images' shape is unknown, `RscliError` if torch.compile was
-        asked for and cannot compile.
+        for a device or precision that is unavailable, if the images' shape is unknown, or if a trial finds that the network
+        cannot be certified; `RscliError` if torch.compile was asked for and cannot compile.
         """
         device = pick_device(self.device)
         check_precision(self.precision, device)
@@ -72,6 +73,7 @@ class SamplingOptions:
         shape = model.shape
         if shape is None:
             raise InputError("the shape of the images is unknown", "Give input_shape=(channel, height, width).")
+        check_certifiable(model.network.to(device), shape, device)
         make = self._maker(model, device)
         batch = self.batch or before.get("batch")
         channels_last = self.channels_last if self.channels_last is not None else before.get("channels_last")

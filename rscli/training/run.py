@@ -118,8 +118,9 @@ class TrainingRun(Run):
 
     def write_model(self, path: Path) -> None:
         """Writes the present weights as a model file."""
-        trainer = self.trainer
-        save_model(path, trainer.classifier, model_card(trainer.resolved, self.spec, trainer.loss_state, self.epoch))
+        trainer, classifier = self.trainer, self.trainer.classifier
+        card = model_card(trainer.resolved, classifier.spec, trainer.loss_state, self.epoch)
+        save_model(path, classifier, card.model_copy(update={"origin": classifier.start.origin}))
 
     def stop(self, reason: str) -> None:
         """Makes this epoch the last: it is saved, and training is finished. The first reason counts."""

@@ -78,9 +78,9 @@ class RunFolder:
     def open(self, config: dict[str, Any], data: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None for a fresh start, which `start` begins; nothing is written here.
 
-        `config` is {"config": ..., "sources": ..., "plugin_files": ...}, `data` what `training_data` says. Raises `InputError`
-        if there is a run already and `resume` is not asked for, if the run there has another configuration or other data
-        (naming the differences), or if its checkpoint is damaged.
+        `config` is {"config": ..., "sources": ..., "plugin_files": ..., "init_sha256": ...}, `data` what `training_data` says.
+        Raises `InputError` if there is a run already and `resume` is not asked for, if the run there has another configuration
+        or other data (naming the differences), or if its checkpoint is damaged.
         """
         if not self.config.exists():
             if self.path.is_file():
@@ -154,7 +154,7 @@ class RunFolder:
         if not isinstance(before, dict):
             raise InputError(f"{self.config} is not the configuration of a run", "Choose another --out.")
         old, new = (
-            {**_decisive(config), "plugin_files": one.get("plugin_files", {})}
+            {**_decisive(config), "plugin_files": one.get("plugin_files", {}), "init_sha256": one.get("init_sha256")}
             for one, config in ((before, _as_now(before.get("config", {}))), (record, record["config"]))
         )
         differences = [f"  {key}: {a!r} in {self.path}, {b!r} now" for key, a, b in changes(old, new)]
@@ -176,7 +176,7 @@ def _decisive(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     callbacks = {name: fields for name, fields in (config.get("callbacks") or {}).items() if not _looks_on(name)}
-    kept = {key: value for key, value in config.items() if key not in GROUPS}
+    kept = {key: value for key, value in config.items() if key not in (*GROUPS, "init")}  # its digest counts, not its path
     return {**kept, "callbacks": callbacks} if callbacks else kept
 
 

@@ -16,13 +16,14 @@ from rscli.config.layers import Resolved
 from rscli.config.schema import steps_per_epoch
 from rscli.data.splits import Split, check_holdout, open_split, set_aside, spec_of
 from rscli.errors import InputError, Stopped
-from rscli.models.network import parameter_count
+from rscli.models.network import LARGE, parameter_count
 from rscli.plugin_files import from_file
 from rscli.runtime.devices import emulated, environment, pick_device
 from rscli.runtime.guard import calling
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress, Silent
 from rscli.runtime.signals import StopRequest, stop_requests
+from rscli.sampling.certifiable import check_certifiable, why_not_certifiable
 from rscli.training.checkpoint import FORMAT, fitting
 from rscli.training.context import SetupContext
 from rscli.training.minimum_batch import check_single_image_batches
@@ -59,6 +60,7 @@ class Outlook:
     steps_per_epoch: int | None
     chunks: int
     files: list[Path]
+    notes: tuple[str, ...] = ()
 
 
 def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
@@ -75,9 +77,11 @@ def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     chunks = resolved.loss.m if resolved.chunked else 1
     steps = None if images is None else steps_per_epoch(images, resolved.config.batch, chunks)
     classifier = initial_classifier(resolved, spec)
+    if math.prod(spec.shape) <= LARGE:  # larger ones would take the memory that a dry run does without
+        check_certifiable(classifier, spec.shape, torch.device("cpu"))
     if images:
         check_single_image_batches(resolved, classifier, spec, images)
-    return Outlook(parameter_count(classifier), images, steps, chunks, RunFolder(options.out).files())
+    return Outlook(parameter_count(classifier), images, steps, chunks, RunFolder(options.out).files(), classifier.start.notes)
 
 
 def _check_copies(resolved: Resolved) -> None:
@@ -121,7 +125,7 @@ class _Training:
         self.resolved, self.options, self.progress, self.stop = resolved, options, progress, stop
         self.device, self.processes, self.folder = device, processes, RunFolder(options.out)
         files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
-        self.record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
+        self.record: dict[str, Any] = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
 
     def complete(self) -> Path:
         """Trains to the end, and writes the model file."""
@@ -139,6 +143,11 @@ class _Training:
             compile=self.options.compile,
             processes=self.processes,
         )
+        start = trainer.classifier.start
+        for text in start.notes:
+            self.progress.note(text)
+        self.record["init_sha256"] = start.sha256
+        check_certifiable(trainer.classifier, split.spec.shape, self.device)
         check_single_image_batches(self.resolved, trainer.classifier, split.spec, len(split))
         state, finished = self._found(trainer)
         if finished:
@@ -156,6 +165,8 @@ class _Training:
             run.complete()
         if self.processes.first:
             run.write_model(self.folder.model)
+            if why := why_not_certifiable(trainer.classifier, split.spec.shape, self.device):
+                self.progress.warn(f"{self.folder.model} cannot be certified: {why}")
         self.processes.wait()
         return self.folder.model
 

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from rscli.api import DataSpec, Noise, Position, TrainStep
 from rscli.config.layers import Resolved
 from rscli.data.splits import Batch, Split
-from rscli.models.network import Classifier, build_classifier
+from rscli.models.initial import start_from
+from rscli.models.network import Classifier, build_classifier, head_of
 from rscli.runtime.devices import tf32_only_if
 from rscli.runtime.guard import broken, calling, number
 from rscli.runtime.seeds import derive, generator
 from rscli.training.checkpoint import check_optimizer, check_place, settings_of, training_data
 from rscli.training.draws import StepDraws
+from rscli.training.freezing import freeze
 from rscli.training.layout import training_layout
 from rscli.training.metrics import Meter
 from rscli.training.objective import Objective, attacked
@@ -34,9 +36,12 @@ from rscli.training.ramps import ramped
 
 
 def initial_classifier(resolved: Resolved, spec: DataSpec) -> Classifier:
-    """The classifier with the initial weights of the run's seed."""
+    """The classifier with the initial weights of the run's seed, or those that it is to start from; what stays is frozen."""
     torch.manual_seed(derive(resolved.config.seed, "weights"))
-    return build_classifier(resolved.architecture, spec)
+    classifier = build_classifier(resolved.architecture, spec)
+    start_from(classifier, resolved)
+    freeze(classifier, resolved.config.freeze, lambda: head_of(resolved.architecture, spec))
+    return classifier
 
 
 class Trainer:

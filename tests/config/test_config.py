@@ -391,8 +391,8 @@ WRONG = {
     "unknown-name": (["arch.nmae=x"], "arch.nmae = \"x\" (--set): unknown key. Did you mean 'arch.name'?"),
     "unknown-nothing-near": (
         ["zzz=1"],
-        "zzz = 1 (--set): unknown key. The keys here are batch, callbacks, chunk, clip_norm, epochs, holdout, loggers, "
-        "micro_batch, precision, ramps, seed, sync_batch_norm",
+        "zzz = 1 (--set): unknown key. The keys here are batch, callbacks, chunk, clip_norm, epochs, freeze, holdout, init, "
+        "loggers, micro_batch, precision, ramps, seed, sync_batch_norm",
     ),
     "unknown-nothing-near-in-section": (
         ["attack.zzz=1"],

@@ -336,6 +336,7 @@ def test_timm_is_asked_for_weights_only_if_wanted(pretrained, monkeypatch):
         return create(name, False, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", spy)
+    monkeypatch.setattr("rscli_core.architectures._hub.no_network", lambda model: None)
     plugin = TimmModel(model="resnet18", pretrained=pretrained, kwargs={"drop_rate": 0.25})
     assert plugin.build(spec(5, (1, 32, 32))).drop_rate == 0.25
     assert asked == [("resnet18", pretrained, {"num_classes": 5, "in_chans": 1, "drop_rate": 0.25})]
@@ -370,7 +371,9 @@ def test_kwargs_keep_their_types():
         pytest.param({"model": "resnet18", "kwargs": {"act_layer": "nope"}}, CIFAR, "'resnet18'.*nope", id="bad-kwarg"),
         pytest.param({"model": "resnet18", "kwargs": {"features_only": True}}, CIFAR, "returned a list", id="not-logits"),
         pytest.param({"model": "resnet18", "kwargs": {"global_pool": ""}}, CIFAR, "refuses", id="no-pooling"),
-        pytest.param({"model": "vit_tiny_patch16_224"}, (1, 8, 8), "refuses images of 1x8x8", id="smaller-than-a-patch"),
+        pytest.param(
+            {"model": "vit_tiny_patch16_224"}, (1, 8, 8), "does not take images of 8x8 pixels", id="smaller-than-a-patch"
+        ),
         pytest.param({"model": "vit_tiny_patch16_224", "kwargs": {"img_size": 64}}, CIFAR, "64", id="the-users-size-stays"),
     ],
 )

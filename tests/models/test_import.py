@@ -228,7 +228,8 @@ def test_plain_state_dicts_of_libraries(library, folder, monkeypatch):
     found = bring(folder / "w.pth", arch="timm/resnet18", dataset="imagefolder", sets=sets)
     model = load_model(found.model)
     assert same_predictions(model, source, (3, 64, 64))
-    assert model.source.card.arch == {"name": "timm/resnet18", "pretrained": False, "kwargs": {}}
+    unset = {"input_size": None, "drop_rate": None, "drop_path_rate": None, "kwargs": {}}
+    assert model.source.card.arch == {"name": "timm/resnet18", "pretrained": False, **unset}
     assert model.source.card.spec.class_names == ("cat", "dog", "fox")
     assert asked == [False, False]  # neither the import nor the model file downloads weights
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from rscli.api import Architecture, DataSpec
+from rscli.api import Architecture, DataSpec, unit
 from rscli.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -21,11 +21,18 @@ LARGEST = 1_000_000
 
 RESERVED_HINT = "classes and channels are the data set's, pretrained is a field, and `rscli import` reads checkpoints"
 
+RATES = ("drop_rate", "drop_path_rate")
+"""Fields that are keyword arguments of the model, where they are given."""
+
+SIZES = (16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
+"""Sizes that are tried on paper for a model that does not take that of the images."""
+
 
 class TimmModel(Architecture):
     """Any model of timm, with its keyword arguments: timm/resnet50, timm/vit_tiny_patch16_224, ...
 
-    A model that is built for one image size (a vision transformer, say) is built for the size of the images.
+    A model that is built for one image size (a vision transformer, say) is built for the size of the images, or for
+    `input_size`. Channels and classes are those of the data.
     """
 
     variant: ClassVar[str | None] = "model"
@@ -33,8 +40,17 @@ class TimmModel(Architecture):
 
     model: str = Field(min_length=1, description="a name from timm.list_models(), with or without a tag of weights")
     pretrained: bool = Field(False, description="start from timm's weights, downloaded if they are not there")
+    input_size: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="height and width to which the network itself resizes noisy images; none: as they are",
+        json_schema_extra=unit("pixels"),
+    )
+    drop_rate: float | None = Field(None, ge=0, lt=1, description="dropout before the last layer; none: the model's own")
+    drop_path_rate: float | None = Field(None, ge=0, lt=1, description="stochastic depth; none: the model's own")
     kwargs: dict[str, bool | int | float | str | None] = Field(
-        default_factory=dict, description="keyword arguments for the model, such as drop_path_rate"
+        default_factory=dict, description="more keyword arguments for the model, such as img_size or global_pool"
     )
 
     @field_validator("kwargs")
@@ -46,12 +62,29 @@ class TimmModel(Architecture):
             raise ValueError(f"kwargs must be numbers of at most {LARGEST:,}: {', '.join(large)}")
         return kwargs
 
+    @model_validator(mode="after")
+    def _said_once(self) -> Self:
+        if twice := [name for name in RATES if getattr(self, name) is not None and name in self.kwargs]:
+            raise ValueError(f"{' and '.join(twice)} is given as a field and in kwargs; leave one out")
+        return self
+
     @classmethod
     def offers(cls, name: str) -> bool:
         """Whether timm has a model called `name`; imports timm."""
         import timm
 
         return bool(timm.is_model(name))
+
+    def normalization(self, spec: DataSpec) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """The mean and std that timm's weights were trained with; for grey images their means over the colours, as in timm."""
+        import timm
+
+        found = timm.get_pretrained_cfg(self.model) if self.pretrained else None
+        if found is None:
+            return None
+        values: list[tuple[float, ...]] = [tuple(found.mean), tuple(found.std)]
+        mean, std = ((sum(each) / len(each),) if spec.shape[0] == 1 else each for each in values)
+        return mean, std
 
     def build(self, spec: DataSpec, *, weights: bool = True) -> nn.Module:
         """A network for images `spec.shape` (channel, height, width), which has taken one such image on trial.
@@ -61,44 +94,112 @@ class TimmModel(Architecture):
         """
         import timm
 
-        classes, input_shape = len(spec.class_names), spec.shape
         if not timm.is_model(self.model):
             raise _unknown(self.model, timm.list_models())
+        pretrained = self.pretrained and weights
+        if pretrained:
+            self._check_weights(spec)
         try:
-            return self._create(self.pretrained and weights, classes, input_shape)
+            return self._create(pretrained, spec)
         except Exception as cause:  # timm's models refuse arguments and images with exceptions of any type
-            if self.pretrained and self._builds_without_weights(classes, input_shape):
+            if pretrained and self._builds_without_weights(spec):
                 raise _no_weights(self.model, cause) from cause
-            shape = "x".join(map(str, input_shape))
-            given = f" and kwargs = {self.kwargs}" if self.kwargs else ""
-            raise InputError(
-                f"timm's {self.model!r} refuses images of {shape} (channel x height x width), {classes} classes{given}: "
-                f"{type(cause).__name__}: {cause}",
-                "Change what it complains about, or choose another model: `timm.list_models()` names them.",
-            ) from cause
+            raise self._refused(spec, cause) from cause
 
-    def _create(self, pretrained: bool, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+    def _check_weights(self, spec: DataSpec) -> None:
+        """Raises `InputError`, at once, if the weights cannot be fetched; what else is wrong with the model is said first."""
         import timm
 
+        from rscli_core.architectures._hub import no_network
+
+        if timm.is_model_pretrained(self.model) and (why := no_network(self.model)) is not None:
+            self.build(spec, weights=False)
+            raise _unreachable(self.model, why)
+
+    def _create(self, pretrained: bool, spec: DataSpec) -> nn.Module:
+        import timm
+
+        from rscli_core.architectures._resize import Resized
+
+        classes, channels = len(spec.class_names), spec.shape[0]
         network: nn.Module = timm.create_model(
-            self.model, pretrained, num_classes=classes, in_chans=input_shape[0], **self._arguments(input_shape)
+            self.model, pretrained, num_classes=classes, in_chans=channels, **self._arguments(spec)
         )
-        _try_forward(network, classes, input_shape)
+        if self.input_size is not None:
+            network.register_forward_pre_hook(Resized(self.input_size))
+        _try_forward(network, classes, spec.shape)
         return network
 
-    def _builds_without_weights(self, classes: int, input_shape: tuple[int, int, int]) -> bool:
+    def _builds_without_weights(self, spec: DataSpec) -> bool:
         try:
-            self._create(False, classes, input_shape)
+            self._create(False, spec)
         except Exception:
             return False
         return True
 
-    def _arguments(self, input_shape: tuple[int, int, int]) -> dict[str, Any]:
+    def _arguments(self, spec: DataSpec) -> dict[str, Any]:
         """The keyword arguments, with the image size for a model that is built for one; a size given by the user stays."""
         import timm
 
         fixed = timm.get_pretrained_cfg_value(self.model, "fixed_input_size")
-        return {"img_size": input_shape[1:], **self.kwargs} if fixed else dict(self.kwargs)
+        size = spec.shape[1:] if self.input_size is None else (self.input_size, self.input_size)
+        rates = {name: value for name in RATES if (value := getattr(self, name)) is not None}
+        return {**({"img_size": size} if fixed else {}), **rates, **self.kwargs}
+
+    def _refused(self, spec: DataSpec, cause: Exception) -> InputError:
+        """What the model refuses: a rate that it does not know, the size of the images, or something else."""
+        said = f"{type(cause).__name__}: {cause}".strip().removesuffix(":")
+        for name in RATES:
+            if getattr(self, name) is not None and f"unexpected keyword argument '{name}'" in str(cause):
+                return InputError(f"timm's {self.model!r} has no {name}", f"Leave out arch.{name}.")
+        channels, height, width = spec.shape
+        side = self.input_size or max(height, width)
+        if (takes := self._size_that_fits(spec, side)) is not None:
+            own = self._own_size()
+            published = "" if own == takes else f", and was published for {own}x{own}"
+            size = f"{height}x{width}" if self.input_size is None else f"{side}x{side}"
+            return InputError(
+                f"timm's {self.model!r} does not take images of {size} pixels ({said}); it takes {takes}x{takes}{published}",
+                f"Write --set arch.input_size={takes}: the network then resizes the noisy images itself. Or take images of "
+                f"that size, where the data set lets you choose (--set data.size={takes}).",
+            )
+        given = f" and kwargs = {self.kwargs}" if self.kwargs else ""
+        return InputError(
+            f"timm's {self.model!r} refuses images of {channels}x{height}x{width} (channel x height x width), "
+            f"{len(spec.class_names)} classes{given}: {said}",
+            "Change what it complains about, or choose another model: `timm.list_models()` names them.",
+        )
+
+    def _own_size(self) -> int | None:
+        """The size that the model was published for, as far as timm knows it by this name."""
+        import timm
+
+        try:
+            found = timm.get_pretrained_cfg(self.model)
+        except RuntimeError:  # a tag that it does not know
+            return None
+        return None if found is None else int(found.input_size[-1])
+
+    def _size_that_fits(self, spec: DataSpec, side: int) -> int | None:
+        """The smallest of `SIZES` from `side` on, or else the model's own, that it takes; None if the size is not the reason.
+
+        Tried on torch's meta device, where tensors have shapes and no values.
+        """
+        if (own := self._own_size()) is None:
+            return None
+        sizes = [size for size in SIZES if side < size < own] + [own]
+        return next((size for size in sizes if size != side and self._takes(spec, size)), None)
+
+    def _takes(self, spec: DataSpec, size: int) -> bool:
+        import torch
+
+        sized = self.model_copy(update={"input_size": size})
+        try:
+            with torch.device("meta"):
+                sized._create(False, spec)
+        except Exception:
+            return False
+        return True
 
 
 def _unknown(model: str, known: list[str]) -> InputError:
@@ -115,12 +216,25 @@ def _no_weights(model: str, cause: Exception) -> InputError:
         near = timm.list_pretrained(f"{model.partition('.')[0]}*")
         hint = f"Those with weights: {', '.join(near[:5])}." if near else "`timm.list_pretrained()` names those with weights."
         return InputError(f"timm has no pretrained weights for {model!r}", f"{hint} Or set arch.pretrained=false.")
+    return InputError(
+        f"the pretrained weights of timm's {model!r} could not be downloaded: {type(cause).__name__}: {reason}", _way_out(model)
+    )
+
+
+def _unreachable(model: str, why: str) -> InputError:
+    return InputError(
+        f"the pretrained weights of timm's {model!r} are not on this machine, and there is no network to download them: {why}",
+        _way_out(model),
+    )
+
+
+def _way_out(model: str) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return InputError(
-        f"the pretrained weights of timm's {model!r} could not be downloaded: {type(cause).__name__}: {reason}",
-        f"Run this once on a machine with a network: python -c \"import timm; timm.create_model('{model}', pretrained=True)\"; "
-        f"it keeps the weights in {HF_HUB_CACHE}: copy that folder here (HF_HOME moves it). Or set arch.pretrained=false.",
+    return (
+        "If you have the weights in a file, leave out arch.pretrained and start from it: --init FILE. Or run this once on a "
+        f"machine with a network: python -c \"import timm; timm.create_model('{model}', pretrained=True)\"; "
+        f"it keeps the weights in {HF_HUB_CACHE}: copy that folder here (HF_HOME moves it)."
     )
 
 
