@@ -44,6 +44,12 @@ class TrainConfig(Section):
     chunk: bool | None = Field(
         None, description="split a batch into m chunks, each with its own optimiser step; left out: as the loss wants"
     )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="train on so many images only, for a quick look: the first of every class, in equal numbers; left out: all",
+        json_schema_extra=unit("images"),
+    )
     data: dict[str, Any] = Field(description="the data set")
     arch: dict[str, Any] = Field(description="the architecture")
     noise: dict[str, Any] = Field(description="the smoothing distribution")

@@ -156,6 +156,11 @@ class MemorySplit(Split):
         self._moved = (self._images, torch.from_numpy(np.require(labels, requirements=["C", "W"])))
         self._known_fingerprint = fingerprint
 
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """uint8 (n, channel, height, width)"""
+        return self._images.numpy()
+
     def fingerprint(self) -> str:
         """The hash of the shape, the pixels and the labels; of the files, where they came from files."""
         return self._known_fingerprint or self._pixel_fingerprint
@@ -207,7 +212,7 @@ class FileSplit(Split):
         super().__init__(labels, spec)
         # One block of bytes: worker processes share it, while a million Path objects would be copied into each of them.
         self._paths = np.array([os.fsencode(path) for path in paths])
-        self._workers = workers
+        self.workers = workers
 
     def path(self, index: int) -> Path:
         """Where image `index` is."""
@@ -275,7 +280,7 @@ class FileSplit(Split):
             reader,
             sampler=wanted,  # every item is a whole batch: its images' indices
             batch_size=None,
-            num_workers=self._workers,
+            num_workers=self.workers,
             pin_memory=pin,
             worker_init_fn=stay_in_the_background,
             generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator

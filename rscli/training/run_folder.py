@@ -4,92 +4,47 @@ config.json        the resolved configuration, with the source of every value
 environment.json   versions, device, threads
 metrics.jsonl      one line an epoch
 running.txt        while a process trains here, and after one that was killed or crashed: what to do then
+failed.txt         why a run failed, until it goes on
 checkpoint.pt      where the run is: weights, optimiser, position; replaced after every epoch and when the run is stopped
 model.safetensors  the finished model
+curves.png         loss and accuracy against the epoch, of a finished run
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from io import BytesIO
-from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from rscli.api import Callback
-from rscli.config.layers import rebuild
-from rscli.config.schema import GROUPS
+from rscli.config.layers import decisive, rebuild
 from rscli.config.settings import changes
-from rscli.errors import InputError, PluginError, RscliError
-from rscli.registry import installed
+from rscli.errors import InputError, PluginError, RscliError, Stopped, reason
 from rscli.runtime.files import check_regular, explained, read_json, replacing, write_json, write_text
 from rscli.runtime.progress import Progress
+from rscli.runtime.run_files import IF_IT_CRASHED, RunFiles, Worker
+from rscli.runtime.torchrun import launched
 from rscli.training.checkpoint import check_data, check_position, check_seal, remedy, seal
 
-IF_IT_CRASHED = (
-    "After a crash in native code (exit code 134 or 139), try --contiguous, --workers 0, or another version of torch; "
-    "killed without a word (137), it was probably out of memory."
-)
 
+class RunFolder(RunFiles):
+    """The files of a run, and the rules for starting and continuing it."""
 
-@dataclass(frozen=True)
-class RunFolder:
-    """The paths of a run, and the rules for starting and continuing it."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        """The metrics, JSON lines."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The position of an unfinished run."""
-        return self.path / "checkpoint.pt"
-
-    @property
-    def model(self) -> Path:
-        """The finished model."""
-        return self.path / "model.safetensors"
-
-    @property
-    def running(self) -> Path:
-        """The mark of a process that trains here."""
-        return self.path / "running.txt"
-
-    def files(self) -> list[Path]:
-        """Every file that a run writes here, but for those of its loggers and callbacks."""
-        return [self.config, self.path / "environment.json", self.checkpoint, self.model]
-
-    def open(self, config: dict[str, Any], data: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    def open(
+        self, config: dict[str, Any], data: dict[str, Any], *, resume: bool, overwrite: bool = False
+    ) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None for a fresh start, which `start` begins; nothing is written here.
 
         `config` is {"config": ..., "sources": ..., "plugin_files": ...}, `data` what `training_data` says. Raises `InputError`
-        if there is a run already and `resume` is not asked for, if the run there has another configuration or other data
-        (naming the differences), or if its checkpoint is damaged.
+        as `admit` does, and if the checkpoint is damaged or of other data.
         """
-        if not self.config.exists():
-            if self.path.is_file():
-                raise InputError(f"{self.path} is a file, not a folder for a run", "Choose another --out.")
-            if self.model.exists():
-                hint = "Choose another --out."
-                raise InputError(f"{self.model} is there already, and no run in this folder wrote it", hint)
+        self.admit(config, resume=resume, overwrite=overwrite)
+        if overwrite or not self.config.exists():
             return None
-        if not resume:
-            hint = "Add --resume to go on with it, choose another folder with --out, or remove this one."
-            raise InputError(f"{self.path} holds a training run already", hint)
-        self._same(config)
         for torn in self.path.glob(".*.part"):  # what a kill in the middle of a write left behind
             torn.unlink(missing_ok=True)
         if not self.checkpoint.exists():
@@ -98,15 +53,67 @@ class RunFolder:
         check_data(state.get("data"), data, self.checkpoint)
         return state
 
+    def admit(self, config: dict[str, Any], *, resume: bool, overwrite: bool = False) -> None:
+        """Raises `InputError` if a run of `config` may not begin or go on here; reads no checkpoint, writes nothing.
+
+        So it is if there is a run already, and neither `resume` nor `overwrite` is asked for; if a process trains here; to
+        resume, if the run has another configuration (naming the differences); to overwrite, if there is anything that a run
+        did not write.
+        """
+        if not self.config.exists():
+            if self.path.is_file():
+                raise InputError(f"{self.path} is a file, not a folder for a run", "Choose another --out.")
+            if self.model.exists():
+                hint = "Choose another --out."
+                raise InputError(f"{self.model} is there already, and no run in this folder wrote it", hint)
+            return
+        if not (resume or overwrite):
+            hint = "Add --resume to go on with it, --overwrite to replace it, or choose another folder with --out."
+            raise InputError(f"{self.path} holds a training run already", hint)
+        if worker := self._busy():
+            raise InputError(f"{worker.text} trains in {self.path} at this moment", "Wait for it, or end it first.")
+        if overwrite:
+            self._check_removable()
+        else:
+            self._same(config)
+
+    def _busy(self) -> Worker | None:
+        """Another process that trains here now; a process of the same torchrun is none."""
+        worker = self.worker()
+        return worker if worker and worker.alive and worker.process != os.getpid() and launched().rank == 0 else None
+
+    def _check_removable(self) -> None:
+        strangers = self.strangers(self._recorded())
+        if strangers:
+            more = ", ..." if len(strangers) > 5 else ""
+            raise InputError(
+                f"{self.path} is not overwritten: besides the run it holds {', '.join(strangers[:5])}{more}",
+                "Move or remove what a run does not write itself, or choose another folder with --out.",
+            )
+
+    def _recorded(self) -> dict[str, Any]:
+        """The configuration of the run that is here; empty if it cannot be read."""
+        try:
+            config = read_json(self.config, "configuration of the run").get("config")
+        except (InputError, AttributeError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
     @contextmanager
     def at_work(self, progress: Progress) -> Iterator[None]:
         """While the body runs, the folder says that this process trains here; notes it if the one before has left no word."""
         if self.running.exists():
             progress.note(f"the run before was killed, or crashed. {IF_IT_CRASHED}")
-        word = "If it is gone, it was killed, or crashed: go on with --resume."
-        write_text(self.running, f"Process {os.getpid()} trains here. {word} {IF_IT_CRASHED}\n")
+        self.mark()
+        self.failed.unlink(missing_ok=True)
         try:
             yield
+        except Stopped:
+            raise
+        except Exception as cause:
+            with suppress(OSError, RscliError):  # the disk may be what failed
+                write_text(self.failed, f"{cause.message if isinstance(cause, RscliError) else reason(cause)}\n")
+            raise
         finally:
             self.running.unlink(missing_ok=True)
 
@@ -140,9 +147,11 @@ class RunFolder:
         check_position(state, self.checkpoint)
         return state
 
-    def start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Begins a run: from now on the folder holds one."""
-        write_json(self.path / "environment.json", environment)
+    def start(self, config: dict[str, Any], environment: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Begins a run: from now on the folder holds one. With `overwrite`, what another run wrote here is removed first."""
+        if overwrite and self.config.exists():
+            self.remove(self._recorded())
+        write_json(self.environment, environment)
         write_json(self.config, config)  # last: its presence says that there is a run
 
     def _same(self, record: dict[str, Any]) -> None:
@@ -150,7 +159,7 @@ class RunFolder:
         if not isinstance(before, dict):
             raise InputError(f"{self.config} is not the configuration of a run", "Choose another --out.")
         old, new = (
-            {**_decisive(config), "plugin_files": one.get("plugin_files", {})}
+            {**decisive(config), "plugin_files": one.get("plugin_files", {})}
             for one, config in ((before, _as_now(before.get("config", {}))), (record, record["config"]))
         )
         differences = [f"  {key}: {a!r} in {self.path}, {b!r} now" for key, a, b in changes(old, new)]
@@ -165,19 +174,3 @@ def _as_now(config: Any) -> Any:
         return rebuild(config).as_dict()
     except (RscliError, AttributeError, TypeError, ValueError):
         return config
-
-
-def _decisive(config: Any) -> Any:
-    """Without what only looks on, and may differ in a run that is resumed: loggers, and callbacks that say so of themselves."""
-    if not isinstance(config, dict):
-        return config
-    callbacks = {name: fields for name, fields in (config.get("callbacks") or {}).items() if not _looks_on(name)}
-    kept = {key: value for key, value in config.items() if key not in GROUPS}
-    return {**kept, "callbacks": callbacks} if callbacks else kept
-
-
-def _looks_on(callback: str) -> bool:
-    try:
-        return cast(type[Callback], installed().load("callbacks", callback)).looks_on
-    except PluginError:
-        return False

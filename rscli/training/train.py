@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from rscli.api import DataSpec
 from rscli.config.layers import Resolved
 from rscli.config.schema import steps_per_epoch
 from rscli.data.splits import open_split, spec_of
+from rscli.data.subset import limited
 from rscli.errors import InputError, Stopped
 from rscli.models.card import ModelCard
 from rscli.models.modelfile import save_model, tensor_digest
@@ -48,6 +50,7 @@ class TrainOptions:
     workers: int = 4
     channels_last: bool | None = None
     resume: bool = False
+    overwrite: bool = False
     download: bool = False
 
 
@@ -70,6 +73,8 @@ def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     _check_copies(resolved)
     spec = spec_of(resolved.dataset, options.data_dir)
     images = spec.sizes.get("train")
+    if images is not None and resolved.config.limit is not None:
+        images = min(images, resolved.config.limit)
     chunks = resolved.loss.m if resolved.chunked else 1
     steps = None if images is None else steps_per_epoch(images, resolved.config.batch, chunks)
     classifier = initial_classifier(resolved, spec)
@@ -103,6 +108,12 @@ def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path
     return model
 
 
+def record_of(resolved: Resolved) -> dict[str, Any]:
+    """What a run folder keeps of the configuration, and a run must share to go on there."""
+    files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
+    return {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
+
+
 def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: StopRequest) -> Path:
     _check_copies(resolved)
     device = pick_device(options.device)
@@ -110,12 +121,12 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     split = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)
     if split.note:
         progress.warn(split.note)
+    split = limited(split, resolved.config.limit)
     trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last)
     check_single_image_batches(resolved, trainer.classifier, spec, len(split))
     folder = RunFolder(options.out)
-    files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
-    record = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
-    state = folder.open(record, trainer.data, resume=options.resume)
+    record = record_of(resolved)
+    state = folder.open(record, trainer.data, resume=options.resume, overwrite=options.overwrite)
     if state is not None and folder.model.exists() and state["epoch"] >= resolved.config.epochs:
         progress.note(f"{folder.model} is finished already")
         return folder.model
@@ -127,7 +138,7 @@ def _train(resolved: Resolved, options: TrainOptions, progress: Progress, stop: 
     if state is None:
         with calling(resolved.loss, "setup"), enough_memory(device, "what the loss prepares", TOO_LARGE):
             trainer.loss_state = {name: tensor.to(device) for name, tensor in resolved.loss.setup(context).items()}
-        folder.start(record, environment(device))
+        folder.start(record, environment(device), overwrite=options.overwrite)
     else:
         if "data" not in state:
             progress.note(f"{folder.checkpoint} is of an older version: whether it is intact, and of this data, cannot be told")
