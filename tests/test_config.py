@@ -391,7 +391,7 @@ WRONG = {
     "unknown-name": (["arch.nmae=x"], 'arch.nmae = "x" (--set): unknown key; did you mean arch.name?'),
     "unknown-nothing-near": (
         ["zzz=1"],
-        "zzz = 1 (--set): unknown key; the keys here are batch, callbacks, chunk, epochs, loggers, seed",
+        "zzz = 1 (--set): unknown key; the keys here are batch, callbacks, chunk, epochs, limit, loggers, seed",
     ),
     "unknown-nothing-near-in-section": (
         ["attack.zzz=1"],

@@ -35,16 +35,14 @@ def runs(
         rscli runs runs --json
     """
     from rscli.cli.output import emit_json
-    from rscli.report.curves import save_curves
-    from rscli.report.plot import check_plot_path
     from rscli.report.runs import find_runs
 
-    if plot is not None:
-        check_plot_path(plot)
     roots = folders or [Path("runs")]
     found = find_runs(roots)
     named = dict(zip(_names([run.path for run in found], roots), found, strict=True))
     if plot is not None:
+        from rscli.report.curves import save_curves  # which brings torch
+
         save_curves(named, plot)
     if json:
         emit_json({"runs": [{"name": name, **run.as_json()} for name, run in named.items()]})

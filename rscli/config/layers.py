@@ -359,4 +359,4 @@ def _origin(key: Key, settings: Settings) -> str:
 
 
 def _flag(key: str) -> str:
-    return "--" + key.rpartition(".")[2].replace("_", "-")
+    return "--data-limit" if key == "limit" else "--" + key.rpartition(".")[2].replace("_", "-")

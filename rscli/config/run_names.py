@@ -33,7 +33,7 @@ def name_of(resolved: Resolved, preset: str | None, config_file: Path | None = N
     config = resolved.config
     name = preset or f"{config.data['name']}-{config.loss['name']}-{resolved.noise.sigma:g}"
     base = _base(preset, config_file)
-    changed = {} if base is None else departures(resolved.as_dict(), base, leave_out={"seed", *swept})
+    changed = {} if base is None else departures(resolved, base, leave_out={"seed", *swept})
     return folder_name("-".join([name, *([settings_text(changed)] if changed else [])]))
 
 
@@ -52,21 +52,16 @@ def _base(preset: str | None, config_file: Path | None) -> dict[str, Any] | None
         return None
 
 
-def departures(config: Mapping[str, Any], base: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
-    """The values of `config` by dotted key that are not those of `base`, in the order of a configuration; what follows from
-    another plugin's name (its defaults) is not said again.
+def departures(resolved: Resolved, base: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """The decisive values by dotted key that were given, and are not those of `base`, in the order of a configuration.
+
+    Defaults are not told: where they differ, another plugin was named, and its name says so.
     """
     before = {dotted(key): value for key, value in leaves(decisive(base))}
-    now = {dotted(key): value for key, value in leaves(decisive(config))}
-    renamed = {key.rpartition(".")[0] for key in now if key.endswith(".name") and now[key] != before.get(key)}
-    out = set(leave_out)
-    found = {}
-    for key, value in now.items():
-        section = key.partition(".")[0]
-        if key in out or before.get(key, _MISSING) == value or (section in renamed and not key.endswith(".name")):
-            continue
-        found[key] = value
-    return found
+    now = {dotted(key): value for key, value in leaves(decisive(resolved.as_dict()))}
+    given = {key: value for key, value in now.items() if resolved.sources.get(key, "default") != "default"}
+    left_out = set(leave_out)
+    return {key: value for key, value in given.items() if key not in left_out and before.get(key, _MISSING) != value}
 
 
 _MISSING = object()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 OWN = {"epoch", "lr", "loss", "accuracy", "images_per_s", "seconds"}
-"""What is in every line, and is no term of the loss."""
+"""What a line has of its own, and is no term of the loss."""
 
 MOST_TERMS = 6
 
@@ -47,13 +48,15 @@ def draw(runs: Mapping[str, RunState]) -> Figure:
     lines = []
     for place, (name, run) in enumerate(runs.items()):
         colour, dash = COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS) % len(DASHES)]
-        lines += _line(above, run, "loss", one_line(name), colour, dash)
+        lines += _line(above, run, "loss", one_line(name) if len(runs) > 1 else "loss", colour, dash)
         _line(below, run, "accuracy", "accuracy under noise", colour, dash, scale=100)
         _draw_probe(below, run, colour if len(runs) > 1 else None)
     if len(runs) == 1:
         _draw_terms(above, *runs.values())
     _dress(above, "loss")
     _dress(below, "accuracy (%)")
+    if above.dataLim.y0 >= 0:
+        above.set_ylim(bottom=0)
     below.set_ylim(0, 100)
     below.set_xlabel("epoch")
     below.xaxis.get_major_locator().set_params(integer=True)
@@ -62,7 +65,7 @@ def draw(runs: Mapping[str, RunState]) -> Figure:
         figure.legend(lines, names, loc="outside upper left", frameon=False, handlelength=1.8, labelspacing=0.3)
         below.text(0.01, 0.02, _remark(runs), transform=below.transAxes, ha="left", va="bottom", **SMALL)
     else:
-        figure.suptitle(next(iter(runs)), fontsize=9, x=0.02, ha="left")
+        figure.suptitle(one_line(next(iter(runs))), fontsize=9, x=0.02, ha="left")
         for axes in (above, below):
             axes.legend(frameon=False, fontsize=7, handlelength=1.8, labelspacing=0.3)
     return figure
@@ -85,10 +88,17 @@ def _draw_terms(axes: Axes, run: RunState) -> None:
 
 
 def terms(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The terms of the loss that a log has, if there are several."""
-    keys = [key for key in (lines[-1] if lines else ()) if key not in OWN and not key.startswith("certified_")]
-    shown = [key for key in keys if len(series(lines, key)[0]) == len(series(lines, "loss")[0])]
-    return shown if len(shown) > 1 else []
+    """The terms of the loss in a log, if there are several: the first figures behind the loss that add up to it."""
+    last = lines[-1] if lines else {}
+    keys = [*last][[*last].index("loss") + 1 :] if "loss" in last else []
+    total, found = 0.0, list[str]()
+    for key in keys:
+        if not isinstance(last[key], int | float) or key in OWN:
+            return []
+        total, found = total + last[key], [*found, key]
+        if len(found) > 1 and math.isclose(total, last["loss"], rel_tol=1e-3, abs_tol=1e-6):
+            return found
+    return []
 
 
 def _draw_probe(axes: Axes, run: RunState, colour: str | None) -> None:
