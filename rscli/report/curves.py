@@ -67,7 +67,8 @@ def draw(runs: Mapping[str, RunState]) -> Figure:
     else:
         figure.suptitle(one_line(next(iter(runs))), fontsize=9, x=0.02, ha="left")
         for axes in (above, below):
-            axes.legend(frameon=False, fontsize=7, handlelength=1.8, labelspacing=0.3)
+            beside: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 4}
+            axes.legend(frameon=False, fontsize=7, handlelength=1.8, labelspacing=0.3, columnspacing=1.2, **beside)
     return figure
 
 

@@ -63,7 +63,7 @@ def _training(comparison: Comparison) -> Table:
         title="What differs in training",
         header=("model", *next(iter(texts.values()))),
         rows=tuple((Cell(name), *map(Cell, values.values())) for name, values in texts.items()),
-        caption=f"Settings that all else follows from; {UNKNOWN}: a run does not have it.",
+        caption=f"Settings in which the runs differ; {UNKNOWN}: the run has no such setting.",
     )
 
 
