@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -323,6 +323,18 @@ class TrainContext(ABC):
         """A line for the user."""
 
 
+class Passes(NamedTuple):
+    """How often the network is run for one image in one optimiser step, each noisy copy counted: for what a run will cost.
+
+    `trained`: forward, and backward to the weights (about three forwards' worth). `attacked`: forward, and backward to the
+    images or the noise alone (two). `forward`: forward only.
+    """
+
+    trained: float = 0
+    attacked: float = 0
+    forward: float = 0
+
+
 class Loss(Plugin):
     """The objective of one optimiser step. Override `step`; or, if the noisy logits are enough, derive from `NoisyLoss`."""
 
@@ -349,6 +361,12 @@ class Loss(Plugin):
         They are not saved: what changes during training belongs into the state of `setup`.
         """
         return {}
+
+    @property
+    def passes(self) -> Passes:
+        """What a step costs for an image, besides the attack: the m copies, once. A loss that runs the network otherwise says
+        so."""
+        return Passes(trained=self.m)
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
         """The named terms of the objective, scalars with gradients; the host minimises their sum and logs each.
@@ -382,6 +400,10 @@ class Attack(Plugin):
     kind: ClassVar[str] = "attacks"
     min_m: ClassVar[int] = 1
     """The fewest noisy copies per image that it can work with: with fewer, training does not begin."""
+
+    def passes(self, m: int) -> Passes | None:
+        """What an attack on `m` noisy copies of an image costs in a step; None: not said."""
+        return None
 
     def perturb(self, step: TrainStep) -> TrainStep:
         """The step that the loss is to train on: `step.moved(images=..., noise=..., NAME=...)`.
@@ -420,6 +442,12 @@ class Schedule(Plugin):
     def factor(self, epoch: float, epochs: int) -> float:
         """What the learning rate is multiplied by after `epoch` epochs (with a fraction inside an epoch) of `epochs` in all."""
         raise NotImplementedError
+
+    def remark(self, epochs: int) -> str | None:
+        """What the user should know of this schedule in a run of `epochs` before it begins, such as milestones that it never
+        reaches; None: nothing.
+        """
+        return None
 
 
 class Run(ABC):
@@ -980,6 +1008,7 @@ __all__ = [
     "Optimizer",
     "Part",
     "Parts",
+    "Passes",
     "Plan",
     "Plugin",
     "Position",

@@ -17,6 +17,7 @@ from rscli.cli.import_ import import_
 from rscli.cli.plugins import plugins
 from rscli.cli.predict import predict
 from rscli.cli.presets import presets
+from rscli.cli.runs import runs
 from rscli.cli.train import train
 
 app = typer.Typer(
@@ -49,7 +50,7 @@ def root(
         os.environ[boundary.DEBUG] = "1"
 
 
-for command in (train, certify, predict, compare, ensemble, doctor):
+for command in (train, runs, certify, predict, compare, ensemble, doctor):
     app.command()(boundary.boundary(command))
 app.command("import")(boundary.boundary(import_))
 app.add_typer(plugins, name="plugins")

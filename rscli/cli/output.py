@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from datetime import timedelta
@@ -53,6 +54,17 @@ def emit_json_line(value: Any) -> None:
 def say(text: str) -> None:
     """A plain line on stderr, at once, escaped for the eye."""
     print(visible(text), file=sys.stderr, flush=True)
+
+
+def room_for_blocks() -> int:
+    """Columns of the terminal behind stderr for a picture of block characters; 0 if there is none, or it has no such."""
+    if not sys.stderr.isatty():
+        return 0
+    try:
+        "▁█".encode(sys.stderr.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return 0
+    return shutil.get_terminal_size().columns
 
 
 def listener(quiet: bool) -> Progress:

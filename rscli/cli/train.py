@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rscli.cli import options as opt
-from rscli.errors import InputError
+from rscli.cli.plans import PlannedRun, check_folders, plan
+from rscli.errors import InputError, RscliError
 
 if TYPE_CHECKING:
-    from rscli.config.layers import Resolved
     from rscli.runtime.progress import Progress
-    from rscli.training.train import TrainOptions
 
-    Run = tuple[Resolved, TrainOptions]
 
+COST = "With --dry-run"
+"""The panel of what only a dry run takes."""
 
 Preset = Annotated[
     str | None,
@@ -56,7 +56,7 @@ Seeds = Annotated[
     typer.Option(
         "--seeds",
         metavar="N,N,...",
-        help="Several seeds, one after the other, as in 0,1,2; seed K gets the run folder seedK.",
+        help="Several seeds, one after the other, as in 0-2 or 0,2,5-7; seed K gets the run folder seedK.",
         rich_help_panel=opt.SETTINGS,
     ),
 ]
@@ -65,7 +65,7 @@ Out = Annotated[
     typer.Option(
         "--out",
         metavar="FOLDER",
-        help="Run folder; with --seeds, the folder that holds them.  [default: runs/NAME/seedK]",
+        help="Run folder; of several runs, the folder that holds them.  [default: runs/NAME/seedK]",
         readable=False,
     ),
 ]
@@ -97,12 +97,55 @@ MicroBatch = Annotated[
     ),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.", rich_help_panel=opt.SPEED)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and where every value comes from.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run in the folder; refused if it holds anything that no run wrote.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be done, where every value comes from, and what it costs.")
+]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sweep",
+        metavar="KEY=V,V,...",
+        help="A run for each value of a setting, one after the other; several make a grid. Values with commas in brackets.",
+        rich_help_panel=opt.SETTINGS,
+    ),
+]
+DataLimit = Annotated[
+    int | None,
+    typer.Option(
+        "--data-limit",
+        metavar="N",
+        min=1,
+        help="Train on N images only, the first of every class: for a quick look.",
+        rich_help_panel=opt.SETTINGS,
+    ),
+]
+DeviceTflops = Annotated[
+    float | None,
+    typer.Option(
+        "--device-tflops", metavar="X", min=1e-6, help="TFLOP/s of a device, to say how long it takes.", rich_help_panel=COST
+    ),
+]
+Utilization = Annotated[
+    float,
+    typer.Option(
+        "--utilization", metavar="X", min=0.001, max=1, help="Share of --device-tflops reached.", rich_help_panel=COST
+    ),
+]
+Trial = Annotated[
+    float | None,
+    typer.Option(
+        "--trial", metavar="SECONDS", min=0.1, help="Train for so long here, to say how long it takes.", rich_help_panel=COST
+    ),
+]
 
 
 def train(
     out: Out = None,
     resume: opt.Resume = False,
+    overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -113,6 +156,8 @@ def train(
     _plugin: opt.PluginFiles = None,
     seed: Seed = None,
     seeds: Seeds = None,
+    sweep: Sweep = None,
+    data_limit: DataLimit = None,
     data_dir: opt.DataDir = opt.DATA_DIR,
     download: opt.Download = False,
     workers: opt.Workers = opt.WORKERS,
@@ -121,11 +166,15 @@ def train(
     precision: Precision = None,
     micro_batch: MicroBatch = None,
     compile: Compile = False,
+    device_tflops: DeviceTflops = None,
+    utilization: Utilization = 0.4,
+    trial: Trial = None,
 ) -> None:
     """Train a classifier that can be certified.
 
     Settings are layered: defaults < --preset < --config < --set < options. A run folder holds the resolved configuration,
-    metrics.jsonl, a checkpoint and, at the end, model.safetensors.
+    metrics.jsonl, a checkpoint and, at the end, model.safetensors and curves.png. Its name says what was run: the preset,
+    and what departs from it.
 
     Examples:
 
@@ -133,116 +182,115 @@ def train(
 
         rscli train --preset mnist-cons-0.5 --set epochs=5 --set loss.lbd=10 --data-dir data
 
-        rscli train --preset mnist-cons-0.5 --seeds 0,1,2
+        rscli train --preset mnist-cons-0.5 --sweep loss.lbd=1,5,10 --seeds 0-2
 
         rscli train --preset mnist-cons-0.5 --init runs/mnist-cons-0.25/seed0 --set epochs=10
 
-        rscli train --preset imagenet-cons-0.5 --dry-run
+        rscli train --preset imagenet-cons-0.5 --dry-run --device-tflops 312
 
         torchrun --nproc-per-node 8 -m -- rscli train --preset imagenet-cons-0.5 --precision bf16
     """
     from rscli.cli.output import emit_json, listener
-    from rscli.config.layers import resolve
+    from rscli.config.run_names import read_seeds, read_sweeps
     from rscli.runtime.torchrun import launched
     from rscli.training.train import TrainOptions
-    from rscli.training.train import train as run
 
-    chosen = _seeds(seeds, seed)
-    flags = {"precision": precision, "micro_batch": micro_batch, "init": init}
-    every = [resolve(preset=preset, config_file=config, sets=sets or (), flags={**flags, "seed": one}) for one in chosen]
-    how = TrainOptions(
-        out=out or Path("runs") / _name(every[0], preset),
-        data_dir=data_dir,
-        device=device,
-        workers=workers,
-        channels_last=channels_last,
-        compile=compile,
-        resume=resume,
-        download=download,
+    if overwrite and resume:
+        raise InputError("--resume and --overwrite are both given", "Go on with the run, or replace it.")
+    if not dry_run and (trial is not None or device_tflops is not None):
+        raise InputError("--trial and --device-tflops are for the dry run", "Add --dry-run, or leave them out.")
+    if seeds is not None and seed is not None:
+        raise InputError(f"--seed {seed} and --seeds {seeds} are both given", "Give one of them.")
+    several = seeds is not None or bool(sweep)
+    runs = plan(
+        preset=preset,
+        config=config,
+        sets=sets or (),
+        flags={"limit": data_limit, "precision": precision, "micro_batch": micro_batch, "init": init},
+        seeds=[seed] if seeds is None else read_seeds(seeds),
+        several=several,
+        points=read_sweeps(sweep or ()),
+        out=out,
+        options=TrainOptions(
+            out=out or Path("runs"),
+            data_dir=data_dir,
+            device=device,
+            workers=workers,
+            channels_last=channels_last,
+            compile=compile,
+            resume=resume,
+            overwrite=overwrite,
+            download=download,
+        ),
     )
-    alone = out is not None and seeds is None  # --out is the run folder itself
-    runs = [(one, how if alone else replace(how, out=how.out / f"seed{one.config.seed}")) for one in every]
     first = launched().rank == 0  # of the processes that torchrun started; it speaks for all
     progress = listener(quiet or not first)
-    for note in every[0].notes:
+    for note in dict.fromkeys(_notes(runs)):
         progress.note(note)
     if dry_run:
-        _show_plans(runs, json, progress, several=seeds is not None)
+        from rscli.cli.dry_run import Pace, show
+
+        show(runs, Pace(device_tflops, utilization, trial), progress, json=json, several=several)
         return
-    if len(runs) > 1 and not resume:
-        _check_unused(runs)
-    answers = []
-    for resolved, options in runs:
-        if len(runs) > 1:
-            progress.note(f"seed {resolved.config.seed}: {options.out}")
-        model = run(resolved, options, progress)
-        progress.note(f"model: {model}")
-        answers.append({"model": str(model), "folder": str(options.out)})
+    answers = _train(runs, progress)
     if json and first:
-        emit_json(answers[0] if seeds is None else {"runs": answers})
-
-
-def _seeds(seeds: str | None, seed: int | None) -> list[int | None]:
-    """The seeds of `--seeds 0,1,2`, or the one of --seed (None: as configured). Raises `InputError` if they are wrong."""
-    if seeds is None:
-        return [seed]
-    if seed is not None:
-        raise InputError(f"--seed {seed} and --seeds {seeds} are both given", "Give one of them.")
-    parts = [part.strip() for part in seeds.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise InputError(f"--seeds is {seeds!r}, but must be distinct whole numbers, 0 or more", "As in --seeds 0,1,2")
-    return [int(part) for part in parts]
-
-
-def _name(resolved: Resolved, preset: str | None) -> str:
-    """The name of the folder under runs: the preset's, or what the configuration is mainly about."""
-    name = preset or f"{resolved.config.data['name']}-{resolved.config.loss['name']}-{resolved.noise.sigma:g}"
-    return name.replace("/", "-").replace(":", "-")
-
-
-def _check_unused(runs: list[Run]) -> None:
-    """Raises `InputError` if one of the folders holds a run: better now than after hours with the seeds before it."""
-    from rscli.training.run_folder import RunFolder
-
-    used = [str(how.out) for _, how in runs if RunFolder(how.out).config.exists()]
-    if used:
-        hint = "Add --resume to continue it, or choose another folder with --out."
-        raise InputError(f"there is already a training run in {', '.join(used)}", hint)
-
-
-def _show_plans(runs: list[Run], json: bool, progress: Progress, *, several: bool) -> None:
-    """The dry run: configuration with sources, size of the network, steps, files; several runs differ in seed and files."""
-    from rich.table import Table
-
-    from rscli.cli.output import emit_json, stdout
-    from rscli.config.settings import dotted, leaves
-    from rscli.text import one_line
-    from rscli.training.train import outlook
-
-    plans = [outlook(resolved, how) for resolved, how in runs]
-    for note in plans[0].notes:
-        progress.note(note)
-    if json:
-        answers = [
-            {"config": one.as_dict(), "sources": one.sources, **asdict(plan), "files": [str(file) for file in plan.files]}
-            for (one, _), plan in zip(runs, plans, strict=True)
-        ]
         emit_json({"runs": answers} if several else answers[0])
+
+
+def _notes(runs: Sequence[PlannedRun]) -> list[str]:
+    """What a user should know before runs begin: old names of settings, milestones that never come."""
+    from rscli.training.cost import schedule_remark
+
+    remarks = [schedule_remark(run.resolved) for run in runs]
+    return [*(note for run in runs for note in run.resolved.notes), *(f"warning: {text}" for text in remarks if text)]
+
+
+def _train(runs: Sequence[PlannedRun], progress: Progress) -> list[dict[str, Any]]:
+    """Trains one after the other; what to answer of each. One that fails does not keep the others from their turn.
+
+    Raises `Stopped` and `InputError` at once, and at the end `RscliError` if some of several failed.
+    """
+    from rscli.training.train import train
+
+    if len(runs) > 1:
+        check_folders(runs)
+    answers, failed = [], []
+    for run in runs:
+        folder = run.options.out
+        if len(runs) > 1:
+            progress.note(f"{run.label}: {folder}")
+        try:
+            model = train(run.resolved, run.options, progress)
+        except RscliError as error:
+            if len(runs) == 1 or type(error) is not RscliError:
+                raise
+            failed.append(folder)
+            progress.warn(f"{folder} failed: {error}")
+            continue
+        progress.note(f"model: {model}")
+        _picture(folder, progress)
+        answers.append({"model": str(model), "folder": str(folder), **({"sweep": run.point} if run.point else {})})
+    if failed:
+        hint = "`rscli runs` says why; the same command with --resume tries them again."
+        raise RscliError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(map(str, failed))}", hint)
+    return answers
+
+
+def _picture(folder: Path, progress: Progress) -> None:
+    """Draws the curves of a finished run into its folder, and on the terminal if there is one; a warning if that fails."""
+    from rscli.cli.output import room_for_blocks
+    from rscli.report.curves import save_curves, sparklines
+    from rscli.report.runs import look
+    from rscli.runtime.run_files import RunFiles
+    from rscli.runtime.torchrun import launched
+
+    run, files = look(folder), RunFiles(folder)
+    drawn = files.curves.exists() and files.curves.stat().st_mtime >= files.model.stat().st_mtime
+    if launched().rank > 0 or drawn or not run.lines:
         return
-    resolved, plan = runs[0][0], plans[0]
-    seeds = ", ".join(str(one.config.seed) for one, _ in runs)
-    table = Table("setting", "value", "source", box=None, pad_edge=False)
-    for path, value in leaves(resolved.as_dict()):
-        key = dotted(path)
-        shown = (key, seeds if key == "seed" else str(value), resolved.sources.get(key, "default"))
-        table.add_row(*map(one_line, shown))
-    console = stdout()
-    console.print(table)
-    images = "unknown until the data set is there" if plan.images is None else f"{plan.images:,}"
-    steps = "unknown" if plan.steps_per_epoch is None else f"{plan.steps_per_epoch:,}"
-    console.print(f"\nparameters      {plan.parameters:,}", highlight=False)
-    console.print(f"training images {images}", highlight=False)
-    chunks = f" (each batch in {plan.chunks} chunks, one step each)" if plan.chunks > 1 else ""
-    console.print(f"steps per epoch  {steps}{chunks}", highlight=False)
-    files = [str(file) for plan in plans for file in plan.files]
-    console.print("would write     " + "\n                ".join(files), highlight=False)
+    try:
+        save_curves({str(folder): run}, files.curves)
+    except (RscliError, OSError) as error:
+        progress.warn(f"the curves are not drawn: {error}")
+    for line in sparklines(run.lines, room_for_blocks()):
+        progress.note(line)

@@ -197,6 +197,24 @@ def rebuild(config: Mapping[str, Any]) -> Resolved:
     return _assemble(stack(lower, _with_new_names(flatten(config, "saved configuration"), lower, [])))
 
 
+def decisive(config: Any) -> Any:
+    """A recorded configuration without what only looks on, and may differ in a run that is resumed: loggers, and callbacks that
+    say so of themselves. Anything but a table stays as it is.
+    """
+    if not isinstance(config, dict):
+        return config
+    callbacks = {name: fields for name, fields in (config.get("callbacks") or {}).items() if not _looks_on(name)}
+    kept = {key: value for key, value in config.items() if key not in (*GROUPS, "init")}  # its digest counts, not its path
+    return {**kept, "callbacks": callbacks} if callbacks else kept
+
+
+def _looks_on(callback: str) -> bool:
+    try:
+        return cast(type[Callback], registry.installed().load("callbacks", callback)).looks_on
+    except PluginError:
+        return False
+
+
 def _assemble(
     settings: Settings, malformed: Iterable[str] = (), preset: str | None = None, notes: tuple[str, ...] = ()
 ) -> Resolved:
@@ -252,7 +270,18 @@ def _with_new_names(layer: Settings, lower: Settings, notes: list[str]) -> Setti
             else:
                 notes.append(f"{section}.{old} is now called {section}.{new} ({given.source})")
                 found[section, new] = given
+    if ("data", "limit") in found and ("limit",) not in found and not _has_limit(layer, lower):
+        found["limit",] = found.pop(("data", "limit"))
     return found
+
+
+def _has_limit(layer: Settings, lower: Settings) -> bool:
+    """Whether the data set itself has a setting `limit`: elsewhere, data.limit is another way to write limit."""
+    named = layer.get(("data", "name")) or lower.get(("data", "name"))
+    try:
+        return named is not None and "limit" in registry.installed().load("datasets", str(named.value)).model_fields
+    except PluginError:
+        return False
 
 
 def _head(nested: dict[str, Any], problems: Problems) -> TrainConfig | None:
@@ -341,4 +370,4 @@ def _origin(key: Key, settings: Settings) -> str:
 
 
 def _flag(key: str) -> str:
-    return "--" + key.rpartition(".")[2].replace("_", "-")
+    return "--data-limit" if key == "limit" else "--" + key.rpartition(".")[2].replace("_", "-")

@@ -85,6 +85,12 @@ class TrainConfig(Section):
         max_length=1000,
         description="parameters that stay as they are: patterns of names, such as network.layer1.*, or `all but the head`",
     )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="train on so many images only, for a quick look: the first of every class, in equal numbers; left out: all",
+        json_schema_extra=unit("images"),
+    )
     data: dict[str, Any] = Field(description="the data set")
     arch: dict[str, Any] = Field(description="the architecture")
     noise: dict[str, Any] = Field(description="the smoothing distribution")

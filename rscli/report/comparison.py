@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from rscli.config.published import PublishedRow
 from rscli.results.reader import Results
@@ -164,6 +165,8 @@ class Comparison:
     notes: tuple[str, ...]
     groups: tuple[Group, ...] = ()
     published: tuple[Beside, ...] = ()
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What differs in training between the runs that record it: settings by run and dotted key."""
 
     @property
     def norm(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from io import StringIO
 from typing import Any
 
+from rscli.config.run_names import settings_text
 from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
 from rscli.stats import paired
 from rscli.text import one_line
@@ -28,6 +29,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "differences": [asdict(difference) for difference in comparison.differences],
         "notes": list(comparison.notes),
         "groups": [asdict(group) for group in comparison.groups],
+        "training": comparison.training,
         "published": [asdict(beside) for beside in comparison.published],
     }
 
@@ -48,6 +50,7 @@ def to_csv(comparison: Comparison) -> str:
     lines += [{**dict.fromkeys(lines[0]), **line} for group in comparison.groups for line in _group_lines(group)]
     published = {beside.name: beside for beside in comparison.published}
     lines = [{**line, **_published(published.get(line["name"]), line["radius"])} for line in lines]
+    lines = [{**line, "training": settings_text(comparison.training.get(line["name"], {})) or None} for line in lines]
     writer = csv.DictWriter(page, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows([{column: _cell(value) for column, value in line.items()} for line in lines])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -65,10 +65,15 @@ def check_plot_path(path: Path) -> None:
 def save_plot(comparison: Comparison, path: Path) -> None:
     """Draws the comparison and writes it to `path`, atomically, as its suffix says (.png, .svg, .pdf). Needs no display."""
     check_plot_path(path)
+    save_figure(lambda: draw(comparison), path)
+
+
+def save_figure(figure: Callable[[], Figure], path: Path) -> None:
+    """Writes the `figure`, drawn under our own settings, to `path`, atomically, as its suffix says."""
     suffix, page = path.suffix.lower(), BytesIO()
     with _own_settings(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a box stands for it, as everywhere
-        draw(comparison).savefig(page, format=suffix[1:], dpi=200, metadata=METADATA[suffix])
+        figure().savefig(page, format=suffix[1:], dpi=200, metadata=METADATA[suffix])
     with replacing(path) as beside:
         beside.write_bytes(page.getbuffer())
 

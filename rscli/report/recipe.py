@@ -22,7 +22,7 @@ UNSAID = {"m": "1", "form": "default", "deferred": "0", "label_smoothing": "0"}
 
 _ELSEWHERE = {"data", "arch", "noise", "loss", "attack", "loggers", "callbacks", "seed"}
 
-UNSAID_SCHEDULE: dict[str, Any] = {"chunk": None}
+UNSAID_SCHEDULE: dict[str, Any] = {"chunk": None, "limit": None}
 """What a preset's schedule means by leaving it out."""
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from rscli.api import ABSTAIN
 from rscli.report.align import align, grid, undecided
 from rscli.report.comparison import LEVEL, RHO, Comparison, Difference, Point, Summary
+from rscli.report.differences import training_differences
 from rscli.results.reader import Results
 from rscli.stats import metrics, paired
 
@@ -34,6 +35,7 @@ def compare(
         summaries=tuple(summarise(run, chosen) for run in aligned.runs),
         differences=tuple(_difference(run, first, chosen) for run in others),
         notes=(*aligned.notes, *_between(aligned.runs, chosen)),
+        training=training_differences(aligned.runs),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from rscli.report.comparison import LEVEL, RHO, Beside, Comparison, Difference, Group, GroupPoint, Point, Summary
+from rscli.report.differences import difference_texts
 from rscli.smoothing.summary import Tally
 from rscli.stats import metrics, paired
 
@@ -51,7 +52,19 @@ def tables(comparison: Comparison) -> list[Table]:
         out.append(_published(comparison))
     if any(beside.points for beside in comparison.published):
         out.append(_published_accuracy(comparison))
+    if comparison.training:
+        out.append(_training(comparison))
     return [*out, _protocol(comparison)]
+
+
+def _training(comparison: Comparison) -> Table:
+    texts = difference_texts(comparison.training)
+    return Table(
+        title="What differs in training",
+        header=("model", *next(iter(texts.values()))),
+        rows=tuple((Cell(name), *map(Cell, values.values())) for name, values in texts.items()),
+        caption=f"Settings in which the runs differ; {UNKNOWN}: the run has no such setting.",
+    )
 
 
 def radius_text(radius: float) -> str:

@@ -4,95 +4,55 @@ config.json        the resolved configuration, with the source of every value
 environment.json   versions, device, threads
 metrics.jsonl      one line an epoch
 running.txt        while a process trains here, and after one that was killed or crashed: what to do then
+failed.txt         why a run failed, until it goes on
 checkpoint.pt      where the run is: weights, optimiser, position; replaced after every epoch and when the run is stopped
 loss-*.safetensors what the loss keeps (soft labels, say), if anything; written again only when the loss has changed it
 model.safetensors  the finished model
+curves.png         loss and accuracy against the epoch, of a finished run
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from io import BytesIO
-from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from rscli.api import Callback
-from rscli.config.layers import rebuild
-from rscli.config.schema import GROUPS
+from rscli.config.layers import decisive, rebuild
 from rscli.config.settings import changes
-from rscli.errors import InputError, PluginError, RscliError
-from rscli.registry import installed
+from rscli.errors import InputError, PluginError, RscliError, Stopped, reason
 from rscli.runtime.files import check_regular, explained, read_json, replacing, write_json, write_text
 from rscli.runtime.progress import Progress
+from rscli.runtime.run_files import IF_IT_CRASHED, RunFiles, Worker
+from rscli.runtime.torchrun import launched
 from rscli.training.checkpoint import check_data, check_position, check_seal, remedy, seal
 from rscli.training.loss_state import LossStateFile
 
-IF_IT_CRASHED = (
-    "After a crash in native code (exit code 134 or 139), try --contiguous, --workers 0, or another version of torch; "
-    "killed silently (137), it probably ran out of memory."
-)
 
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The paths of a run, and the rules for starting and continuing it."""
-
-    path: Path
+class RunFolder(RunFiles):
+    """The files of a run, and the rules for starting and continuing it."""
 
     @cached_property
     def loss_state(self) -> LossStateFile:
         """The file with what the loss keeps."""
         return LossStateFile(self.path)
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.json"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The position of an unfinished run."""
-        return self.path / "checkpoint.pt"
-
-    @property
-    def model(self) -> Path:
-        """The finished model."""
-        return self.path / "model.safetensors"
-
-    @property
-    def running(self) -> Path:
-        """The mark of a process that trains here."""
-        return self.path / "running.txt"
-
-    def files(self) -> list[Path]:
-        """Every file that a run writes here, but for those of its loggers and callbacks."""
-        return [self.config, self.path / "environment.json", self.checkpoint, self.model]
-
-    def open(self, config: dict[str, Any], data: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    def open(
+        self, config: dict[str, Any], data: dict[str, Any], *, resume: bool, overwrite: bool = False
+    ) -> dict[str, Any] | None:
         """The checkpoint to go on from, or None for a fresh start, which `start` begins; nothing is written here.
 
         `config` is {"config": ..., "sources": ..., "plugin_files": ..., "init_sha256": ...}, `data` what `training_data` says.
-        Raises `InputError` if there is a run already and `resume` is not asked for, if the run there has another configuration
-        or other data (naming the differences), or if its checkpoint is damaged.
+        Raises `InputError` as `admit` does, and if the checkpoint is damaged or of other data.
         """
-        if not self.config.exists():
-            if self.path.is_file():
-                raise InputError(f"{self.path} is a file, not a folder for a run", "Choose another --out.")
-            if self.model.exists():
-                hint = "Choose another --out."
-                raise InputError(f"{self.model} already exists, and no run in this folder wrote it", hint)
+        self.admit(config, resume=resume, overwrite=overwrite)
+        if overwrite or not self.config.exists():
             return None
-        if not resume:
-            hint = "Add --resume to continue it, choose another folder with --out, or remove this one."
-            raise InputError(f"{self.path} already holds a training run", hint)
-        self._same(config)
         for torn in self.path.glob(".*.part"):  # what a kill in the middle of a write left behind
             torn.unlink(missing_ok=True)
         if not self.checkpoint.exists():
@@ -101,15 +61,67 @@ class RunFolder:
         check_data(state.get("data"), data, self.checkpoint)
         return state
 
+    def admit(self, config: dict[str, Any], *, resume: bool, overwrite: bool = False) -> None:
+        """Raises `InputError` if a run of `config` may not begin or go on here; reads no checkpoint, writes nothing.
+
+        So it is if there is a run already, and neither `resume` nor `overwrite` is asked for; if a process trains here; to
+        resume, if the run has another configuration (naming the differences); to overwrite, if there is anything that a run
+        did not write.
+        """
+        if not self.config.exists():
+            if self.path.is_file():
+                raise InputError(f"{self.path} is a file, not a folder for a run", "Choose another --out.")
+            if self.model.exists():
+                hint = "Choose another --out."
+                raise InputError(f"{self.model} is there already, and no run in this folder wrote it", hint)
+            return
+        if not (resume or overwrite):
+            hint = "Add --resume to go on with it, --overwrite to replace it, or choose another folder with --out."
+            raise InputError(f"{self.path} holds a training run already", hint)
+        if worker := self._busy():
+            raise InputError(f"{worker.text} trains in {self.path} at this moment", "Wait for it, or end it first.")
+        if overwrite:
+            self._check_removable()
+        else:
+            self._same(config)
+
+    def _busy(self) -> Worker | None:
+        """Another process that trains here now; a process of the same torchrun is none."""
+        worker = self.worker()
+        return worker if worker and worker.alive and worker.process != os.getpid() and launched().rank == 0 else None
+
+    def _check_removable(self) -> None:
+        strangers = self.strangers(self._recorded())
+        if strangers:
+            more = ", ..." if len(strangers) > 5 else ""
+            raise InputError(
+                f"{self.path} is not overwritten: besides the run it holds {', '.join(strangers[:5])}{more}",
+                "Move or remove what a run does not write itself, or choose another folder with --out.",
+            )
+
+    def _recorded(self) -> dict[str, Any]:
+        """The configuration of the run that is here; empty if it cannot be read."""
+        try:
+            config = read_json(self.config, "configuration of the run").get("config")
+        except (InputError, AttributeError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
     @contextmanager
     def at_work(self, progress: Progress) -> Iterator[None]:
         """While the body runs, the folder says that this process trains here; notes it if the one before has left no word."""
         if self.running.exists():
             progress.note(f"the previous run was killed, or crashed. {IF_IT_CRASHED}")
-        word = "If it is gone, it was killed, or crashed: continue with --resume."
-        write_text(self.running, f"Process {os.getpid()} trains here. {word} {IF_IT_CRASHED}\n")
+        self.mark()
+        self.failed.unlink(missing_ok=True)
         try:
             yield
+        except Stopped:
+            raise
+        except Exception as cause:
+            with suppress(OSError, RscliError):  # the disk may be what failed
+                write_text(self.failed, f"{cause.message if isinstance(cause, RscliError) else reason(cause)}\n")
+            raise
         finally:
             self.running.unlink(missing_ok=True)
 
@@ -144,9 +156,11 @@ class RunFolder:
         check_position(state, self.checkpoint)
         return self.loss_state.take(state, self.checkpoint)
 
-    def start(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Begins a run: from now on the folder holds one."""
-        write_json(self.path / "environment.json", environment)
+    def start(self, config: dict[str, Any], environment: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Begins a run: from now on the folder holds one. With `overwrite`, what another run wrote here is removed first."""
+        if overwrite and self.config.exists():
+            self.remove(self._recorded())
+        write_json(self.environment, environment)
         write_json(self.config, config)  # last: its presence says that there is a run
 
     def _same(self, record: dict[str, Any]) -> None:
@@ -154,7 +168,7 @@ class RunFolder:
         if not isinstance(before, dict):
             raise InputError(f"{self.config} is not the configuration of a run", "Choose another --out.")
         old, new = (
-            {**_decisive(config), "plugin_files": one.get("plugin_files", {}), "init_sha256": one.get("init_sha256")}
+            _what_counts(config, one, record)
             for one, config in ((before, _as_now(before.get("config", {}))), (record, record["config"]))
         )
         differences = [f"  {key}: {a!r} in {self.path}, {b!r} now" for key, a, b in changes(old, new)]
@@ -163,25 +177,15 @@ class RunFolder:
             raise InputError(text, "Use the same preset and settings to resume, or another --out for another run.")
 
 
+def _what_counts(config: Any, one: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What two runs must share to be one: the configuration, and the digests of files, as far as the new `record` has them."""
+    digests = {key: one.get(key) for key in ("init_sha256",) if key in record}
+    return {**decisive(config), "plugin_files": one.get("plugin_files", {}), **digests}
+
+
 def _as_now(config: Any) -> Any:
     """A recorded configuration in the words of this version; unchanged where it does not hold any more."""
     try:
         return rebuild(config).as_dict()
     except (RscliError, AttributeError, TypeError, ValueError):
         return config
-
-
-def _decisive(config: Any) -> Any:
-    """Without what only looks on, and may differ in a run that is resumed: loggers, and callbacks that say so of themselves."""
-    if not isinstance(config, dict):
-        return config
-    callbacks = {name: fields for name, fields in (config.get("callbacks") or {}).items() if not _looks_on(name)}
-    kept = {key: value for key, value in config.items() if key not in (*GROUPS, "init")}  # its digest counts, not its path
-    return {**kept, "callbacks": callbacks} if callbacks else kept
-
-
-def _looks_on(callback: str) -> bool:
-    try:
-        return cast(type[Callback], installed().load("callbacks", callback)).looks_on
-    except PluginError:
-        return False

@@ -15,6 +15,7 @@ from torch import Tensor
 from rscli.config.layers import Resolved
 from rscli.config.schema import steps_per_epoch
 from rscli.data.splits import Split, check_holdout, open_split, set_aside, spec_of
+from rscli.data.subset import limited
 from rscli.errors import InputError, Stopped
 from rscli.models.network import LARGE, parameter_count
 from rscli.plugin_files import from_file
@@ -48,6 +49,7 @@ class TrainOptions:
     channels_last: bool | None = None
     compile: bool = False
     resume: bool = False
+    overwrite: bool = False
     download: bool = False
 
 
@@ -72,6 +74,7 @@ def outlook(resolved: Resolved, options: TrainOptions) -> Outlook:
     spec = spec_of(resolved.dataset, options.data_dir)
     images = spec.sizes.get("train")
     if images is not None:
+        images = min(images, resolved.config.limit or images)
         check_holdout(resolved.config.holdout, images)
         images -= resolved.config.holdout
     chunks = resolved.loss.m if resolved.chunked else 1
@@ -110,6 +113,12 @@ def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path
     return model
 
 
+def record_of(resolved: Resolved) -> dict[str, Any]:
+    """What a run folder keeps of the configuration, and a run must share to go on there."""
+    files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
+    return {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
+
+
 class _Training:
     """One run, from its data to its model file."""
 
@@ -124,13 +133,12 @@ class _Training:
     ) -> None:
         self.resolved, self.options, self.progress, self.stop = resolved, options, progress, stop
         self.device, self.processes, self.folder = device, processes, RunFolder(options.out)
-        files = {origin.package: origin.version for origin in resolved.provenance if from_file(origin.version)}
-        self.record: dict[str, Any] = {"config": resolved.as_dict(), "sources": resolved.sources, "plugin_files": files}
+        self.record = record_of(resolved)
 
     def complete(self) -> Path:
         """Trains to the end, and writes the model file."""
         self._warn_of_emulation()
-        split = self._open_split()
+        split = limited(self._open_split(), self.resolved.config.limit)
         holdout = None
         if self.resolved.config.holdout:
             split, holdout = set_aside(split, self.resolved.config.holdout, self.resolved.config.seed)
@@ -193,7 +201,7 @@ class _Training:
         """The checkpoint to go on from, if any, and whether the run is finished already; a new run has begun then."""
         state = None
         if self.processes.first:
-            state = self.folder.open(self.record, trainer.data, resume=self.options.resume)
+            state = self.folder.open(self.record, trainer.data, resume=self.options.resume, overwrite=self.options.overwrite)
         state = self.processes.share(state)
         ended = state is not None and (state["epoch"] >= self.resolved.config.epochs or "ended" in state)
         finished = ended and self.folder.model.exists()
@@ -210,7 +218,7 @@ class _Training:
             if self.processes.first:
                 with calling(loss, "setup"), enough_memory(device, "what the loss prepares", TOO_LARGE):
                     prepared = {name: tensor.cpu() for name, tensor in loss.setup(context).items()}
-                self.folder.start(self.record, self._environment())
+                self.folder.start(self.record, self._environment(), overwrite=self.options.overwrite)
             trainer.loss_state = {name: tensor.to(device) for name, tensor in self.processes.share(prepared).items()}
             return
         if "data" not in state:

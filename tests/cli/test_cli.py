@@ -18,7 +18,7 @@ from rscli.cli.app import app
 from support import ROOT
 
 COMMANDS = [
-    "train", "certify", "predict", "compare", "ensemble", "doctor", "import", "plugins", "plugins info", "presets",
+    "train", "runs", "certify", "predict", "compare", "ensemble", "doctor", "import", "plugins", "plugins info", "presets",
     "presets show",
 ]  # fmt: skip
 QUICK = ["--set", "epochs=1", "--set", "batch=64", "--set", "optimizer.lr=0.05", "--device", "cpu", "--workers", "0"]
@@ -294,7 +294,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_data():
     assert "default" in said["seed"]
     assert "25,557,032" in text, "the parameters of ResNet-50"
     assert "1,281,167" in text
-    assert str(Path("runs", "imagenet-cons-0.5", "seed0", "model.safetensors")) in text
+    assert str(Path("runs", "imagenet-cons-0.5-loss.lbd=7", "seed0", "model.safetensors")) in text
     assert list(Path().iterdir()) == []
 
 
@@ -321,7 +321,7 @@ def test_settings_are_layered_from_file_to_option():
         "preset digits-cons-0.25",
         "default",
     ]
-    assert str(Path("runs", "digits-cons-0.25", "seed9")) in answer["files"][0]
+    assert str(Path("runs", "digits-cons-0.25-epochs=7-batch=50-loss.lbd=2.5", "seed9")) in answer["files"][0]
 
 
 def test_every_problem_of_a_configuration_is_said_at_once():

@@ -12,6 +12,9 @@ from rscli.errors import Stopped
 
 SMALL = ["--preset", "digits-gaussian-0.25", "--set", "epochs=1", "--set", "batch=720", "--device", "cpu", "--workers", "0"]
 
+NAME = "digits-gaussian-0.25-epochs=1-batch=720"
+"""What the folder is called: the preset, and what departs from it."""
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
@@ -44,13 +47,13 @@ def trained(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "folders"),
     [
-        (["--seeds", "0,1,2"], [(s, f"runs/digits-gaussian-0.25/seed{s}") for s in (0, 1, 2)]),
+        (["--seeds", "0,1,2"], [(s, f"runs/{NAME}/seed{s}") for s in (0, 1, 2)]),
         (["--seeds", "7, 3", "--out", "here"], [(7, "here/seed7"), (3, "here/seed3")]),
         (["--seeds", "4", "--out", "here"], [(4, "here/seed4")]),
         (["--seed", "4", "--out", "here"], [(4, "here")]),
         (["--out", "here"], [(0, "here")]),
-        (["--seed", "4"], [(4, "runs/digits-gaussian-0.25/seed4")]),
-        (["--set", "seed=9", "--seeds", "1,2"], [(s, f"runs/digits-gaussian-0.25/seed{s}") for s in (1, 2)]),
+        (["--seed", "4"], [(4, f"runs/{NAME}/seed4")]),
+        (["--set", "seed=9", "--seeds", "1,2"], [(s, f"runs/{NAME}/seed{s}") for s in (1, 2)]),
     ],
     ids=["three", "out", "one-of-several", "one-with-out", "out-alone", "one", "over-the-configuration"],
 )
@@ -94,7 +97,8 @@ def test_wrong_seeds(trained, words, said):
 
 def test_a_folder_in_use_is_noticed_before_the_first_seed(trained, here):
     (here / "d" / "seed1").mkdir(parents=True)
-    (here / "d" / "seed1" / "config.json").write_text("{}")
+    plan = json.loads(run("--seed", "1", "--dry-run", "--json").stdout)
+    (here / "d" / "seed1" / "config.json").write_text(json.dumps({"config": plan["config"]}))
     answer = run("--seeds", "0,1", "--out", "d")
     assert answer.exit_code == 2
     assert "already a training run in" in answer.stderr
@@ -109,7 +113,7 @@ def test_the_dry_run_shows_each_folder_and_writes_nothing(here):
     shown = answer.stdout.replace("\\", "/")
     assert answer.exit_code == 0
     for seed in (0, 5):
-        assert f"runs/digits-gaussian-0.25/seed{seed}/model.safetensors" in shown
+        assert f"runs/{NAME}/seed{seed}/model.safetensors" in shown
     assert "0, 5" in shown
     assert list(here.iterdir()) == []
 

@@ -392,7 +392,7 @@ WRONG = {
     "unknown-nothing-near": (
         ["zzz=1"],
         "zzz = 1 (--set): unknown key. The keys here are batch, callbacks, chunk, clip_norm, epochs, freeze, holdout, init, "
-        "loggers, micro_batch, precision, ramps, seed, sync_batch_norm",
+        "limit, loggers, micro_batch, precision, ramps, seed, sync_batch_norm",
     ),
     "unknown-nothing-near-in-section": (
         ["attack.zzz=1"],

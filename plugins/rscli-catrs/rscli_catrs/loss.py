@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from rscli.api import Loss, TrainContext, TrainStep, unit
+from rscli.api import Loss, Passes, TrainContext, TrainStep, unit
 from rscli_catrs.soft_labels import read_or_make
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ class CatRs(Loss):
     def setup(self, context: TrainContext) -> Mapping[str, Tensor]:
         """`soft_labels` (images, classes), float32, read or made. Raises `InputError` for files of other data."""
         return {"soft_labels": read_or_make(context, self.soft_labels, self.teacher, self.votes)}
+
+    @property
+    def passes(self) -> Passes:
+        """Two forwards with gradients of m copies, and an attack of `steps` on their noise."""
+        return Passes(trained=2 * self.m, attacked=self.steps * self.m)
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
         """The objective of the class's docstring, from logits (m, batch, classes) under the step's noise and under the worst.

@@ -205,3 +205,16 @@ def test_wrong_files_are_refused_with_what_to_do(tmp_path):
 def test_a_loss_without_any_soft_labels_says_what_it_needs():
     with pytest.raises(ValueError, match=r"loss\.teacher=RUN"):
         CatRs(lbd=1.0)
+
+
+@pytest.mark.parametrize("settings", [{"m": 2, "steps": 3}, {"m": 4, "steps": 1}], ids=str)
+def test_the_cost_that_it_states_is_what_a_step_runs(settings):
+    loss, counts = CatRs(lbd=1.0, teacher="x", **settings), {"trained": 0, "attacked": 0}
+    step = a_step(loss.m)
+
+    def count(module, inputs, output):
+        counts["trained" if module.weight.requires_grad else "attacked"] += len(output)
+
+    step.model.register_forward_hook(count)
+    sum(loss.step(step).values()).backward()
+    assert counts == {"trained": BATCH * loss.passes.trained, "attacked": BATCH * loss.passes.attacked}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from rscli.api import Loss, TrainStep, unit
+from rscli.api import Loss, Passes, TrainStep, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,11 @@ class SmoothMix(Loss):
     steps: int = Field(4, ge=1, le=1000, description="adversarial steps (T in the paper)")
     one_step: bool = Field(False, description="train on the first adversarial step in place of the image (mix_step = 1)")
     warmup: int = Field(10, ge=0, description="epochs over which the mixup term grows to its weight; 0 or 1: none")
+
+    @property
+    def passes(self) -> Passes:
+        """Two forwards with gradients of m copies, and an attack of `steps` on them."""
+        return Passes(trained=2 * self.m, attacked=self.steps * self.m)
 
     def weight_at(self, epoch: int) -> float:
         """w = min(1, (epoch + 1) / warmup); `epoch` counts from 0."""

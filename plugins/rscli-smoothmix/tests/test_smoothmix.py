@@ -148,3 +148,16 @@ def test_images_stay_in_the_box():
     for moved in (first, last):
         assert moved.min() >= 0
         assert moved.max() <= 1
+
+
+@pytest.mark.parametrize("settings", [{"m": 2, "steps": 3}, {"m": 4, "steps": 1, "one_step": True}], ids=str)
+def test_the_cost_that_it_states_is_what_a_step_runs(settings):
+    loss, counts = SmoothMix(**settings), {"trained": 0, "attacked": 0}
+    step = a_step(loss.m, epoch=20)
+
+    def count(module, inputs, output):
+        counts["trained" if module.weight.requires_grad else "attacked"] += len(output)
+
+    step.model.register_forward_hook(count)
+    sum(loss.step(step).values()).backward()
+    assert counts == {"trained": BATCH * loss.passes.trained, "attacked": BATCH * loss.passes.attacked}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from rscli.api import TrainStep
+from rscli.api import Passes, TrainStep
 from rscli_core.attacks._l2 import direction, norms, within
 from rscli_core.attacks._smoothadv import SmoothAdv, gradient
 
@@ -40,6 +40,10 @@ class Ddn(SmoothAdv):
     steps: int = Field(10, ge=2, description="points that are tried; the first is the image itself")
     gamma: float = Field(0.05, gt=0, lt=1, description="relative change of the norm in a step")
     levels: int = Field(256, ge=2, description="grey levels of the images that are tried")
+
+    def passes(self, m: int) -> Passes:
+        """A gradient at every point but the last, of which only the class is asked."""
+        return Passes(attacked=(self.steps - 1) * m, forward=m)
 
     def perturb(self, step: TrainStep) -> TrainStep:
         """The step with moved images (batch, channel, height, width): in [0, 1], at most `epsilon_at` away, detached.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from rscli.api import TrainStep
+from rscli.api import Passes, TrainStep
 from rscli_core.attacks._smoothadv import Ascent
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ class GradientFree(Ascent):
     """
 
     min_m: ClassVar[int] = 2
+
+    def passes(self, m: int) -> Passes:
+        """A forward a step."""
+        return Passes(forward=self.steps * m)
 
     def ascent(self, step: TrainStep, moved: Tensor) -> Tensor:
         """The estimate at `moved`; both are (batch, channel, height, width)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rscli.api import TrainStep
+from rscli.api import Passes, TrainStep
 from rscli_core.attacks._smoothadv import Ascent, gradient
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ class Pgd(Ascent):
     Where we differ from the authors' code: it divides by |g| alone, so that every step has the length 2 epsilon / T, and takes
     a random direction where g = 0. Our steps are shorter on images whose |g| is below about 1e-8, and where g = 0 we stay.
     """
+
+    def passes(self, m: int) -> Passes:
+        """A gradient a step."""
+        return Passes(attacked=self.steps * m)
 
     def ascent(self, step: TrainStep, moved: Tensor) -> Tensor:
         """g at `moved`; both are (batch, channel, height, width)."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from rscli.api import Loss, TrainStep
+from rscli.api import Loss, Passes, TrainStep
 from rscli_core.losses._cross_entropy import cross_entropy
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ class Stability(Loss):
     chunked: ClassVar[bool] = False
 
     lbd: float = Field(2.0, ge=0, description="weight of the stability term")
+
+    @property
+    def passes(self) -> Passes:
+        """The noisy copies, and the clean image."""
+        return Passes(trained=self.m + 1)
 
     def step(self, step: TrainStep) -> dict[str, Tensor]:
         """`ce` and `stability`, scalars in nats, the latter multiplied by lbd already; raises nothing of its own.

@@ -34,6 +34,16 @@ class Step(Schedule):
             raise ValueError("must be increasing numbers of epochs, the first at least 1")
         return milestones
 
+    def remark(self, epochs: int) -> str | None:
+        """Milestones that a run of `epochs` never reaches."""
+        beyond = [str(milestone) for milestone in self.milestones if milestone >= epochs]
+        if not beyond:
+            return None
+        them = f"milestone {beyond[0]}" if len(beyond) == 1 else f"milestones {', '.join(beyond[:-1])} and {beyond[-1]}"
+        left = "keeps its first value" if len(beyond) == len(self.milestones) else "falls less often"
+        never = "never comes" if len(beyond) == 1 else "never come"
+        return f"the {them} of the schedule {never} in a run of {epochs} epochs: the learning rate {left}"
+
     def factor(self, epoch: float, epochs: int) -> float:
         """gamma to the power of the milestones that `epoch` has reached."""
         return float(self.gamma ** sum(milestone <= epoch for milestone in self.milestones))
