@@ -35,7 +35,8 @@ class Cost:
     `forward_flops` are the operations of a forward of one image, a multiplication and an addition counted as two, of
     convolutions and matrix products alone. `training_flops` are those of the whole run: 3, 2 and 1 forwards for a row.
     `memory_bytes` is what a step holds on the device at least, in fp32: `weights_bytes` (weights, gradients and the optimiser's
-    state) and `rows_in_step` (of a micro-batch, if there are any) times `row_bytes`, what autograd keeps of a row. Workspaces and the allocator come on top.
+    state) and `rows_in_step` (of a micro-batch, if there are any) times `row_bytes`, what autograd keeps of a row. Workspaces
+    and the allocator come on top.
     """
 
     epochs: int
