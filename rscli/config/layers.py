@@ -39,7 +39,7 @@ from rscli.config.ramps import check_ramps
 from rscli.config.schema import GROUPS, SECTIONS, TrainConfig
 from rscli.config.settings import Key, Setting, Settings, dotted, flatten, leaves, nest, parse_sets, scalars, stack
 from rscli.config.words import field_type
-from rscli.errors import PluginError
+from rscli.errors import PluginError, RscliError
 
 
 def defaults() -> Settings:
@@ -195,6 +195,14 @@ def rebuild(config: Mapping[str, Any]) -> Resolved:
     """The configuration that `Resolved.as_dict` wrote down. Raises `ConfigError` if it no longer fits the installed plugins."""
     lower = defaults()
     return _assemble(stack(lower, _with_new_names(flatten(config, "saved configuration"), lower, [])))
+
+
+def as_now(config: Any) -> Any:
+    """A recorded configuration in the words of this version, new settings included; unchanged where it no longer holds."""
+    try:
+        return rebuild(config).as_dict()
+    except (RscliError, AttributeError, TypeError, ValueError):
+        return config
 
 
 def decisive(config: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
+from rscli.config.layers import as_now, decisive
 from rscli.report.comparison import Comparison, Group, GroupPoint, Point, Summary
 from rscli.results.reader import Results
 from rscli.stats import metrics
@@ -53,7 +54,8 @@ def _kind(run: Results) -> str | None:
         return None
     certified = {key: value for key, value in run.protocol.items() if key not in ("format", "sha256", "info", "model_sha256")}
     trained = {key: _info(run).get(key) for key in TRAINING}
-    trained["config"] = {key: value for key, value in (trained["config"] or {}).items() if key != "seed"}
+    config = trained["config"] and decisive(as_now(trained["config"]))  # runs of older versions have fewer settings
+    trained["config"] = {key: value for key, value in (config or {}).items() if key != "seed"}
     return json.dumps([certified, trained], sort_keys=True)
 
 

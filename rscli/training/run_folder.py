@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from rscli.config.layers import decisive, rebuild
+from rscli.config.layers import as_now, decisive
 from rscli.config.settings import changes
 from rscli.errors import InputError, PluginError, RscliError, Stopped, reason
 from rscli.runtime.files import check_regular, explained, read_json, replacing, write_json, write_text
@@ -169,7 +169,7 @@ class RunFolder(RunFiles):
             raise InputError(f"{self.config} is not the configuration of a run", "Choose another --out.")
         old, new = (
             _what_counts(config, one, record)
-            for one, config in ((before, _as_now(before.get("config", {}))), (record, record["config"]))
+            for one, config in ((before, as_now(before.get("config", {}))), (record, record["config"]))
         )
         differences = [f"  {key}: {a!r} in {self.path}, {b!r} now" for key, a, b in changes(old, new)]
         if differences:
@@ -181,11 +181,3 @@ def _what_counts(config: Any, one: dict[str, Any], record: dict[str, Any]) -> di
     """What two runs must share to be one: the configuration, and the digests of files, as far as the new `record` has them."""
     digests = {key: one.get(key) for key in ("init_sha256",) if key in record}
     return {**decisive(config), "plugin_files": one.get("plugin_files", {}), **digests}
-
-
-def _as_now(config: Any) -> Any:
-    """A recorded configuration in the words of this version; unchanged where it does not hold any more."""
-    try:
-        return rebuild(config).as_dict()
-    except (RscliError, AttributeError, TypeError, ValueError):
-        return config
