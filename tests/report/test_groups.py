@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rscli.config.layers import resolve
 from rscli.report.groups import grouped
 from rscli.report.render import FORMATS, render
 from rscli.report.summary import compare
@@ -80,6 +81,17 @@ def test_what_is_about_the_machine_may_differ(tmp_path):
     infos = [{"config": {"epochs": 90, "seed": i}, "batch": 2**i, "device": f"cuda:{i}", "max": 4 + i} for i in (0, 1)]
     paths = [write(tmp_path / f"a{i}.tsv", i, info=info) for i, info in enumerate(infos)]
     assert groups_of(*paths).groups[0].members == ("a0", "a1")
+
+
+def test_a_run_of_before_a_setting_was_there_is_in_the_group(tmp_path):
+    """The recorded configuration of an older version lacks settings, whose defaults the newer one records."""
+    configs = [resolve("digits-gaussian-0.25", sets=[f"seed={seed}"]).as_dict() for seed in (0, 1)]
+    for key in ("clip_norm", "precision", "ramps"):
+        del configs[0][key]
+    paths = [write(tmp_path / f"{i}.tsv", i, info={"config": config}) for i, config in enumerate(configs)]
+    assert len(groups_of(*paths)) == 1
+    configs[1]["clip_norm"] = 2.0
+    assert not groups_of(paths[0], write(tmp_path / "other.tsv", 1, info={"config": configs[1]}))
 
 
 def test_an_unknown_seed_is_in_no_group(tmp_path):
