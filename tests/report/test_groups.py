@@ -89,9 +89,9 @@ def test_a_run_of_before_a_setting_was_there_is_in_the_group(tmp_path):
     for key in ("clip_norm", "precision", "ramps"):
         del configs[0][key]
     paths = [write(tmp_path / f"{i}.tsv", i, info={"config": config}) for i, config in enumerate(configs)]
-    assert len(groups_of(*paths)) == 1
+    assert len(groups_of(*paths).groups) == 1
     configs[1]["clip_norm"] = 2.0
-    assert not groups_of(paths[0], write(tmp_path / "other.tsv", 1, info={"config": configs[1]}))
+    assert not groups_of(paths[0], write(tmp_path / "other.tsv", 1, info={"config": configs[1]})).groups
 
 
 def test_an_unknown_seed_is_in_no_group(tmp_path):
