@@ -68,7 +68,7 @@ def kl(p, q):
 
 def by_hand(step: TrainStep, loss: CatRs) -> tuple[float, float]:
     weight, m = step.model.weight.detach(), len(step.noise)
-    draws = torch.rand(m, BATCH, generator=torch.Generator().manual_seed(11))
+    draws = torch.rand(BATCH, m, generator=torch.Generator().manual_seed(11)).T
     low = high = 0.0
     for b in range(BATCH):
         x, y, soft = step.images[b].flatten(), int(step.labels[b]), SOFT[step.indices[b]]
