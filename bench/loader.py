@@ -71,6 +71,10 @@ class Repeated(Split):
         """That of the other."""
         return self._split.content()
 
+    def part(self, places: Any) -> Split:
+        """That of the other."""
+        return self._split.part(places)
+
     def image(self, index: int) -> torch.Tensor:
         """That of the other."""
         return self._split.image(index)

@@ -60,6 +60,8 @@ def _look(run: PlannedRun, pace: Pace, progress: Progress) -> _Shown:
 
     options = run.options
     seen = outlook(run.resolved, options)
+    for note in seen.notes:
+        progress.note(note)
     cost = cost_of(run.resolved, options, seen.images)
     tried = None if pace.trial is None else trial(run.resolved, options, pace.trial, progress)
     hours = tried.hours if tried else cost.hours(pace.tflops, pace.utilization) if pace.tflops else None

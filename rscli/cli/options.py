@@ -12,7 +12,7 @@ import typer
 
 from rscli.errors import InputError
 
-SETTINGS, DATA, SPEED = "Settings", "Data", "Device and speed"
+SETTINGS, DATA, SPEED, SEVERAL = "Settings", "Data", "Device and speed", "Several runs"
 """The panels of `--help`, besides a command's own; what is in none of them comes first."""
 
 

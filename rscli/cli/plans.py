@@ -90,7 +90,7 @@ def check_folders(runs: Sequence[PlannedRun]) -> None:
     how = runs[0].options
     used = [str(run.options.out) for run in runs if RunFolder(run.options.out).config.exists()]
     if used and not (how.resume or how.overwrite):
-        hint = "Add --resume to go on with what is there, --overwrite to replace it, or choose another folder with --out."
-        raise InputError(f"there is a training run already in {', '.join(used)}", hint)
+        hint = "Add --resume to continue it, --overwrite to replace it, or choose another folder with --out."
+        raise InputError(f"there is already a training run in {', '.join(used)}", hint)
     for run in runs:
         RunFolder(run.options.out).admit(record_of(run.resolved), resume=how.resume, overwrite=how.overwrite)

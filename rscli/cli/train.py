@@ -57,7 +57,7 @@ Seeds = Annotated[
         "--seeds",
         metavar="N,N,...",
         help="Several seeds, one after the other, as in 0-2 or 0,2,5-7; seed K gets the run folder seedK.",
-        rich_help_panel=opt.SETTINGS,
+        rich_help_panel=opt.SEVERAL,
     ),
 ]
 Out = Annotated[
@@ -109,7 +109,7 @@ Sweep = Annotated[
         "--sweep",
         metavar="KEY=V,V,...",
         help="A run for each value of a setting, one after the other; several make a grid. Values with commas in brackets.",
-        rich_help_panel=opt.SETTINGS,
+        rich_help_panel=opt.SEVERAL,
     ),
 ]
 DataLimit = Annotated[

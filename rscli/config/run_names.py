@@ -98,7 +98,7 @@ def folder_name(text: str) -> str:
 
 
 def read_seeds(text: str) -> list[int]:
-    """The seeds of `0,1,2`, `0-2` or `0,2,5-7`. Raises `InputError` if they are no different whole numbers."""
+    """The seeds of `0,1,2`, `0-2` or `0,2,5-7`. Raises `InputError` unless they are distinct whole numbers."""
     seeds: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*([0-9]{1,30})\s*(?:-\s*([0-9]{1,30})\s*)?", part)
@@ -109,7 +109,7 @@ def read_seeds(text: str) -> list[int]:
         seeds += range(first, last + 1)
     if not seeds or len(set(seeds)) < len(seeds) or len(seeds) > MOST_RUNS:
         hint = "As in --seeds 0,1,2, --seeds 0-2 or --seeds 0,2,5-7"
-        raise InputError(f"--seeds is {text!r}, but must be different whole numbers, 0 or more", hint)
+        raise InputError(f"--seeds is {text!r}, but must be distinct whole numbers, 0 or more", hint)
     return seeds
 
 

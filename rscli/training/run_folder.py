@@ -73,13 +73,13 @@ class RunFolder(RunFiles):
                 raise InputError(f"{self.path} is a file, not a folder for a run", "Choose another --out.")
             if self.model.exists():
                 hint = "Choose another --out."
-                raise InputError(f"{self.model} is there already, and no run in this folder wrote it", hint)
+                raise InputError(f"{self.model} already exists, and no run in this folder wrote it", hint)
             return
         if not (resume or overwrite):
-            hint = "Add --resume to go on with it, --overwrite to replace it, or choose another folder with --out."
-            raise InputError(f"{self.path} holds a training run already", hint)
+            hint = "Add --resume to continue it, --overwrite to replace it, or choose another folder with --out."
+            raise InputError(f"{self.path} already holds a training run", hint)
         if worker := self._busy():
-            raise InputError(f"{worker.text} trains in {self.path} at this moment", "Wait for it, or end it first.")
+            raise InputError(f"{worker.text} is training in {self.path} right now", "Wait for it, or end it first.")
         if overwrite:
             self._check_removable()
         else:

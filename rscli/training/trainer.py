@@ -254,7 +254,9 @@ class Trainer:
 
 def _micro_batches(item: Batch, most: int | None, m: int) -> Iterator[Batch]:
     """The images of `item` in parts whose `m` copies each are at most `most` noisy images; one image at least."""
-    size = len(item.labels) if most is None else max(1, most // m)
+    if most is None:
+        return iter((item,))
+    size = max(1, most // m)
     return (item.part(begin, begin + size) for begin in range(0, len(item.labels), size))
 
 

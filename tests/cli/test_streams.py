@@ -92,7 +92,12 @@ def test_a_checkpoint_without_room_is_one_message_and_nothing_half_written(tmp_p
         "error: cannot write run/checkpoint.pt: File too large",
         "Make room, and run the same command again; a run that has begun goes on with --resume.",
     ]
-    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["config.json", "environment.json", "metrics.jsonl"]
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
+        "config.json",
+        "environment.json",
+        "failed.txt",
+        "metrics.jsonl",
+    ]
     assert shell([*QUICK, "--quiet", "--resume", "--out", "run"], "", cwd=tmp_path).returncode == 0
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
 

@@ -236,7 +236,7 @@ def problem(*sets: str) -> str:
         (["optimizer.name=timm/adamw", "optimizer.betas=[0.9]"], "must be 2 numbers"),
         (["optimizer.name=timm/adan", "optimizer.betas=[0.9,0.99]"], "must be 3 numbers"),
         (["optimizer.name=timm/adamw", "optimizer.kwargs.lr=1"], "kwargs must not set lr"),
-        (["optimizer.name=timm/adamw", "optimizer.weigth_decay=1"], "did you mean optimizer.weight_decay?"),
+        (["optimizer.name=timm/adamw", "optimizer.weigth_decay=1"], "Did you mean 'optimizer.weight_decay'?"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_said_before_anything_begins(sets, said):

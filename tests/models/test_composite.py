@@ -102,7 +102,14 @@ def test_the_record_has_every_field_and_where_each_part_came_from():
     )
     assert resolved.as_dict()["arch"]["members"] == [
         {"name": "lenet"},
-        {"name": "timm/resnet18", "pretrained": False, "kwargs": {}},
+        {
+            "name": "timm/resnet18",
+            "pretrained": False,
+            "input_size": None,
+            "drop_rate": None,
+            "drop_path_rate": None,
+            "kwargs": {},
+        },
         {"name": "ensemble", "members": [{"name": "lenet"}], "average": "logits"},
     ]
     found = [one.name for one in resolved.provenance if one.kind == "architectures"]
@@ -168,7 +175,7 @@ def test_fields_that_a_part_no_longer_takes_are_named(tmp_path):
     classifier, card = made(*TWO)
     arch = {**card.arch, "members": [{"name": "lenet", "width": 3}]}
     save_model(tmp_path / "m", classifier, card.model_copy(update={"arch": arch}))
-    assert f"'lenet' does not take the fields that {tmp_path / 'm'} records: width" in str(refusal(tmp_path / "m"))
+    assert f"'lenet' does not accept the fields that {tmp_path / 'm'} records: width" in str(refusal(tmp_path / "m"))
 
 
 @pytest.mark.usefixtures("forgotten")
@@ -180,7 +187,9 @@ def test_a_part_from_a_file_wants_that_file(tmp_path):
     save_model(tmp_path / "m", classifier, card)
 
     forget()
-    assert f"comes from the file my_member.py with {origin['version']}: name that with --plugin" in str(refusal(tmp_path / "m"))
+    assert f"comes from the file my_member.py with {origin['version']}: pass that file with --plugin" in str(
+        refusal(tmp_path / "m")
+    )
     load_plugin_file(written(tmp_path / "b", MEMBER, bias=False))
     assert "the file my_member.py given is another one" in str(refusal(tmp_path / "m"))
     forget()
@@ -385,9 +394,9 @@ def test_pretrained_weights_of_parts_are_not_fetched_for_a_file(monkeypatch):
 
     seen: list[bool] = []
 
-    def create(self: TimmModel, pretrained: bool, classes: int, shape: Any) -> nn.Module:
+    def create(self: TimmModel, pretrained: bool, *_: Any, **__: Any) -> nn.Module:
         seen.append(pretrained)
-        return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 
     monkeypatch.setattr(TimmModel, "_create", create)
     section = {"name": "ensemble", "members": [{"name": "timm/resnet18", "pretrained": True}]}

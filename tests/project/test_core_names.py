@@ -12,7 +12,7 @@ from rscli.registry import installed
 from support import ROOT
 
 NAMES = {entry.name for entry in installed().entries() if entry.package == "rscli" and entry.kind != "presets"}
-WORDS = {"step", "checkpoint", "digits", "ensemble"}
+WORDS = {"step", "checkpoint", "digits", "ensemble", "linear", "cosine"}
 """Names that are words of the program too; a plugin called so is not meant by them."""
 
 LIBRARIES = {("rscli/runtime/devices.py", "timm"), ("rscli/runtime/devices.py", "torchvision")}

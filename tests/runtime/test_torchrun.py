@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rscli.errors import InputError, Stopped
+from rscli.runtime import rendezvous
 from rscli.runtime.signals import StopRequest
 from rscli.runtime.torchrun import Launch, launched, local_rank, patience
 from rscli.smoothing import work_queue
@@ -100,12 +101,12 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, port: int, rank: int, **change
     for name, value in {"RSCLI_RENDEZVOUS_SECONDS": "1", **found}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    monkeypatch.setattr(work_queue, "SAY_SECONDS", 0.3)
+    monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.3)
 
 
 def test_two_processes_meet(monkeypatch, port):
     surroundings(monkeypatch, port, 0, RSCLI_RENDEZVOUS_SECONDS="20")
-    monkeypatch.setattr(work_queue, "SAY_SECONDS", 5.0)
+    monkeypatch.setattr(rendezvous, "SAY_SECONDS", 5.0)
     found: list[Together] = []
     launches = [Launch(rank, 2, "127.0.0.1", port) for rank in (1, 0)]
     monkeypatch.setattr(work_queue, "launched", launches.pop)

@@ -223,7 +223,7 @@ def test_the_best_model_survives_a_stop(tmp_path):
         train(digits(*FALLS), options(cut), Noting(8))
     train(digits(*FALLS), options(cut, resume=True), Silent())
     assert metrics(cut) == metrics(whole)
-    for name in ("best", "model"):
+    for name in ("model-best", "model"):
         assert (cut / f"run/{name}.safetensors").read_bytes() == (whole / f"run/{name}.safetensors").read_bytes()
 
 

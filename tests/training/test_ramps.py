@@ -19,6 +19,7 @@ from rscli.data.splits import open_split, spec_of
 from rscli.errors import ConfigError, InputError, Stopped
 from rscli.models.modelfile import load_model
 from rscli.runtime.progress import Silent
+from rscli.training import objective
 from rscli.training import trainer as engine
 from rscli.training.ramps import ramp_values, ramped
 from rscli.training.train import TrainOptions, train
@@ -103,7 +104,7 @@ WRONG = {
     "fraction": (["ramps.attack.steps.start=1.5"], r"ramps\.attack\.steps\.start = 1\.5 \(--set\): must be a valid integer"),
     "section": (["ramps.optimizer.lr.start=1"], r"ramps\.optimizer: cannot be ramped: only numbers of loss, attack, noise"),
     "no-start": (["ramps.loss.lbd.epochs=1"], r"ramps\.loss\.lbd\.start: is missing"),
-    "misspelt": (["ramps.loss.lbd.strat=1"], r"lbd\.strat = 1 \(--set\): unknown key; did you mean ramps\."),
+    "misspelt": (["ramps.loss.lbd.strat=1"], r"lbd\.strat = 1 \(--set\): unknown key\. Did you mean 'ramps\."),
     "nan": (["ramps.loss.lbd.start=nan"], r"ramps\.loss\.lbd\.start = NaN \(--set\): must be a finite number"),
     "number": (["ramps.loss.lbd=3"], r"ramps\.loss\.lbd = 3 \(--set\): is a section with keys of its own"),
     "long": (["ramps.loss.lbd.start=0", "ramps.loss.lbd.epochs=3"], r"ramps\.loss\.lbd\.epochs = 3 .*: must be less: loss"),
@@ -148,7 +149,7 @@ def steps_of(folder: Path, resolved, monkeypatch) -> tuple[list[tuple], list[Tra
     """Loss, attack and noise of every optimiser step of the first epoch, and the steps."""
     seen, steps = [], []
     monkeypatch.setattr(engine, "ramped", lambda *given: seen.append(ramped(*given)) or seen[-1])
-    monkeypatch.setattr(engine, "_terms", lambda loss, step: steps.append(step) or loss.step(step))
+    monkeypatch.setattr(objective, "_terms", lambda loss, step: steps.append(step) or loss.step(step))
     spec = spec_of(resolved.dataset, folder)
     split = open_split(resolved.dataset, spec, "train", folder)
     for _ in Trainer(resolved, spec, split, torch.device("cpu"), channels_last=False).epoch_batches():

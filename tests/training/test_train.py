@@ -392,9 +392,9 @@ def test_a_model_that_no_run_wrote_is_kept(tmp_path):
     assert not (tmp_path / "run/config.json").exists()
 
 
-def test_training_under_torchrun_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_half_of_what_torchrun_sets_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="one process"):
+    with pytest.raises(InputError, match="RANK is not set"):
         train(settings(), options(tmp_path / "run"), Silent())
     assert not (tmp_path / "run").exists()
 
@@ -458,7 +458,7 @@ def test_out_of_memory_is_said_and_the_checkpoint_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_step", large)
     with pytest.raises(
-        RscliError, match="the device cpu does not have enough memory for a step of 128 images with 2 noisy"
+        RscliError, match="the device cpu does not have enough memory for a forward of 128 images with 2 noisy"
     ) as error:
         train(settings(), options(tmp_path / "run"), Silent())
     assert "--set batch" in (error.value.hint or "")

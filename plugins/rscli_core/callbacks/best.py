@@ -20,7 +20,7 @@ class Best(Watching):
     looks_on: ClassVar[bool] = True
 
     file: str = Field(
-        "best", pattern=r"^[\w-]+$", max_length=100, description="name of the file in the run folder, without .safetensors"
+        "best", pattern=r"^[\w-]+$", max_length=100, description="NAME of the file model-NAME.safetensors in the run folder"
     )
 
     def after_figures(self, run: Run, state: dict[str, Any]) -> None:
@@ -33,4 +33,6 @@ class Best(Watching):
     def end(self, run: Run, state: dict[str, Any]) -> None:
         """Says which epoch was best."""
         if "best" in state:
-            run.note(f"best: {run.folder / self.file}.safetensors, of epoch {state['epoch']}: {self.figure} {state['best']:g}")
+            run.note(
+                f"best: {run.folder}/model-{self.file}.safetensors, of epoch {state['epoch']}: {self.figure} {state['best']:g}"
+            )
