@@ -183,7 +183,7 @@ class Draws(ABC):
 
     @abstractmethod
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers (batch, *shape) in [0, 1), float32."""
+        """Uniform numbers in [0, 1), float32: (batch, ...), of `shape` for each image."""
 
 
 @dataclass(eq=False)
@@ -240,7 +240,7 @@ class TrainStep:
         return self.smoothing.sample((m, *self.images.shape), generator=self.generator, device=self.images.device)
 
     def rand(self, *shape: int) -> Tensor:
-        """Fresh uniform numbers (batch, *shape) in [0, 1), float32, on the device of the images."""
+        """Fresh uniform numbers in [0, 1), float32, on the device of the images: (batch, ...), of `shape` for each image."""
         if self.draws is not None:
             return self.draws.uniform(*shape)
         import torch

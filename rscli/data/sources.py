@@ -80,7 +80,7 @@ class PathFiles(ImageFiles):
             return hashlib.sha256(self[index].read_bytes()).digest()
 
     def part(self, places: NDArray[np.int64]) -> PathFiles:
-        """See `ImageFiles.part`."""
+        """The files at `places` (n,), in that order."""
         chosen = PathFiles(())
         chosen._paths = self._paths[places]
         return chosen
@@ -113,7 +113,7 @@ class EncodedFiles(ImageFiles):
         return hashlib.sha256(self[index].content).digest()
 
     def part(self, places: NDArray[np.int64]) -> EncodedFiles:
-        """See `ImageFiles.part`."""
+        """The files at `places` (n,), in that order."""
         chosen = copy(self)
         chosen._encoded, chosen._names = _Taken(self._encoded, places), _Taken(self._names, places)
         return chosen

@@ -231,7 +231,7 @@ class MemorySplit(Split):
         self._known_fingerprint = fingerprint
 
     def part(self, places: NDArray[np.int64]) -> MemorySplit:
-        """See `Split.part`; the images are copied."""
+        """See `Split.part`: the images at `places` (n,), copied."""
         known = self._known_fingerprint and _digest(self._known_fingerprint.encode(), places.astype("<i8").tobytes())
         return MemorySplit(self._images.numpy()[places], self.labels[places], self.spec, fingerprint=known)
 
@@ -304,7 +304,7 @@ class FileSplit(Split):
         self._reading: _Reading | None = None
 
     def part(self, places: NDArray[np.int64]) -> FileSplit:
-        """See `Split.part`."""
+        """See `Split.part`: the images at `places` (n,)."""
         return FileSplit(self._files.part(places), self.labels[places], self.spec, workers=self._workers)
 
     def fingerprint(self) -> str:

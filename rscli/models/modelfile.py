@@ -64,7 +64,7 @@ def load_model(path: Path) -> Smoothed:
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], ModelCard]:
-    """The tensors of a model file, and what it says of itself; checked against each other, but nothing is built.
+    """The tensors of a model file, of any shape, and what it says of itself; checked against each other, but nothing is built.
 
     Raises `InputError` as `load_model` does.
     """
@@ -242,7 +242,7 @@ def _maker(card: ModelCard, kind: str, name: str) -> Mapping[str, str] | None:
 
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that share their memory with another, which safetensors does not write."""
+    """Copies of tensors, of any shape, that share their memory with another, which safetensors does not write."""
     seen: set[int] = set()
     out = {}
     for name, tensor in tensors.items():

@@ -42,7 +42,10 @@ class StepDraws(Draws):
         self._calls = 0
 
     def noise(self, m: int) -> Tensor:
-        """See `Draws.noise`. Raises `PluginError` for noise of another shape, type or device."""
+        """See `Draws.noise`: (m, batch, channel, height, width).
+
+        Raises `PluginError` for noise of another shape, type or device.
+        """
 
         def draw(rows: int, random: torch.Generator) -> Tensor:
             return draw_noise(self._smoothing, (m, rows, *self._shape), random, self._device)
@@ -50,7 +53,7 @@ class StepDraws(Draws):
         return self._rows(draw, 1)
 
     def uniform(self, *shape: int) -> Tensor:
-        """See `Draws.uniform`."""
+        """See `Draws.uniform`: (batch, ...)."""
 
         def draw(rows: int, random: torch.Generator) -> Tensor:
             return torch.rand(rows, *shape, generator=random, device=self._device)

@@ -14,7 +14,7 @@ from rscli.models.modelfile import tensor_digest
 
 
 def model_card(resolved: Resolved, spec: DataSpec, loss_state: Mapping[str, Tensor], epochs: int | None = None) -> ModelCard:
-    """What a model file says of itself after `epochs` (None: all); of what the loss kept, the digests."""
+    """What a model file says of itself after `epochs` (None: all); of what the loss kept (any shape), the digests."""
     sections = resolved.as_dict()
     return ModelCard(
         rscli=__version__,

@@ -101,7 +101,7 @@ class Several(Processes):
         return [bool(flag) for flag in found.tolist()]
 
     def sum(self, table: Tensor) -> Tensor:
-        """See `Processes.sum`."""
+        """See `Processes.sum`: of `table`, of any shape."""
         from torch import distributed
 
         table = table.clone()

@@ -83,16 +83,19 @@ class TrainingRun(Run):
         return self._splits.get(name) or self._splits.setdefault(name, self._open_images(name))
 
     def images(self, split: str, indices: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
-        """Images of a split under the test transform, and their labels; the split is opened once."""
+        """Images (n, channel, height, width) of a split under the test transform, and their labels (n,); it is opened once."""
         found = self._split(split)
         return torch.stack([found.image(int(index)) for index in indices]), found.labels[list(indices)]
 
     def labels(self, split: str) -> NDArray[np.int64]:
-        """The labels of a split, which is opened once."""
+        """The labels (n,) of a split, which is opened once."""
         return self._split(split).labels
 
     def certify(self, images: Tensor, **options: Any) -> Sequence[Certificate]:
-        """Certificates of `images` by the present weights; the run's random numbers, layout and modes stay as they are."""
+        """Certificates of `images` (n, channel, height, width) by the present weights.
+
+        The random numbers, layout and modes of the run stay as they are.
+        """
         found = installed()
         if not cast(type[Certifier], found.load("certifiers", options.get("certifier") or found.default("certifiers"))).grid:
             options.pop("radii", None)
