@@ -159,7 +159,7 @@ def pieces_ahead(images: int, size: int, workers: int) -> int:
 def joined(
     pieces: Iterator[Piece], count: int, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Moves | None]:
-    """The next `count` images of `pieces`, uint8 (count, channel, height, width) on the `device`, and their moves on the CPU."""
+    """The next `count` images of `pieces`, uint8 (count, channel, height, width) on the `device`; their moves, on the CPU."""
     images = torch.empty(count, *shape, dtype=torch.uint8, device=device)
     drawn, at = [], 0
     while at < count:

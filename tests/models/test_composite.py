@@ -191,7 +191,7 @@ def test_a_part_from_a_file_wants_that_file(tmp_path):
         refusal(tmp_path / "m")
     )
     load_plugin_file(written(tmp_path / "b", MEMBER, bias=False))
-    assert "the file my_member.py given is another one" in str(refusal(tmp_path / "m"))
+    assert "the file my_member.py that was given is a different one" in str(refusal(tmp_path / "m"))
     forget()
     load_plugin_file(tmp_path / "a/my_member.py")
     assert torch.equal(
@@ -399,6 +399,7 @@ def test_pretrained_weights_of_parts_are_not_fetched_for_a_file(monkeypatch):
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 
     monkeypatch.setattr(TimmModel, "_create", create)
+    monkeypatch.setattr("rscli_core.architectures._hub.no_network", lambda model: None)
     section = {"name": "ensemble", "members": [{"name": "timm/resnet18", "pretrained": True}]}
     _, card = made("arch.name=lenet")
     for weights in (False, True):
