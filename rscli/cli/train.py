@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rscli.runtime.progress import Progress
 
 
-COST = "With --dry-run"
+COST = "Dry run"
 """The panel of what only a dry run takes."""
 
 Preset = Annotated[

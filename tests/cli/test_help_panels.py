@@ -13,7 +13,7 @@ PANEL = re.compile(r"^╭─ ([A-Z][\w ]*) ─+╮$")
 
 PANELS = {
     "certify": {"Options", "Certificate", "Data", "Settings", "Device and speed"},
-    "train": {"Options", "Settings", "Several runs", "Data", "Device and speed", "With --dry-run"},
+    "train": {"Options", "Settings", "Several runs", "Data", "Device and speed", "Dry run"},
     "predict": {"Options", "Vote", "Settings", "Device and speed"},
     "import": {"Options", "Settings", "Weights", "Data"},
 }
