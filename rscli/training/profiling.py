@@ -24,13 +24,13 @@ def profiled(path: Path, after_step: Callable[[], None], progress: Progress) -> 
 
     If the body ends earlier, what there is is written; nothing, with a warning, if it has no more than the skipped steps.
     """
-    written = False
+    steps = 0
 
     def write(profile: torch.profiler.profile) -> None:
-        nonlocal written
+        if steps <= SKIPPED:
+            return
         with replacing(path) as beside:
             profile.export_chrome_trace(str(beside))
-        written = True
         progress.note(f"profile: {path}; open it in chrome://tracing or ui.perfetto.dev")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -38,9 +38,11 @@ def profiled(path: Path, after_step: Callable[[], None], progress: Progress) -> 
     with torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=write, acc_events=True) as profile:
 
         def follow() -> None:
+            nonlocal steps
             after_step()
+            steps += 1
             profile.step()
 
         yield follow
-    if not written:
+    if steps <= SKIPPED:
         progress.warn(f"no profile is written: this run has no more than {SKIPPED} steps")
