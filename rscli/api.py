@@ -16,7 +16,7 @@ sigma, epsilon and radii are L2 lengths in the same units; `m` counts the noisy 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -197,7 +197,8 @@ class TrainStep:
     `labels` (batch,) int64, and `indices` (batch,) int64: each image's place in the training split (on the CPU).
     `noise` (m, batch, channel, height, width): drawn by `smoothing`, whose `apply` puts it on images.
     `extra` holds tensors by name that an attack adds for the loss. `state` holds what `Loss.setup` prepared; the loss may
-    change its tensors in place. `networks` holds those of `Loss.networks`.
+    change its tensors in place, in the same way in every process: by what `gathered` gives. `networks` holds those of
+    `Loss.networks`.
 
     Everything random must come from `draw` and `rand`, which give every image numbers of its own, or from `generator` (on the
     device of the images), whose numbers are the same in every process: so a resumed run repeats it.
@@ -217,6 +218,8 @@ class TrainStep:
     networks: Mapping[str, nn.Module] = field(default_factory=dict)
     draws: Draws | None = None
     """Where `draw` and `rand` get their numbers; None: from `generator`."""
+    gather: Callable[[Tensor], Tensor] | None = None
+    """How `gathered` hears of the other processes; None: there are none."""
 
     @property
     def sigma(self) -> float:
@@ -246,6 +249,12 @@ class TrainStep:
         import torch
 
         return torch.rand(len(self.labels), *shape, generator=self.generator, device=self.images.device)
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """`rows` (batch, ...), numbers of this process's images, with those of the images that other processes have in this step:
+        (images, ...), detached, the same in every process. Every process must ask for it.
+        """
+        return rows.detach() if self.gather is None else self.gather(rows.detach())
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ def run(preset: str, sets: list[str], out: Path, world: int = 1, kill_after: flo
     """Trains, or goes on, in `world` processes, and kills them all `kill_after` so many seconds; their exit codes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_train, args=(preset, sets, out, options, rank, world, port), daemon=True)
         for rank in range(world)
@@ -62,7 +62,7 @@ def _train(preset: str, sets: list[str], out: Path, options: Any, rank: int, wor
     train(resolve(preset, sets=sets), how, Silent())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

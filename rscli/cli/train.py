@@ -97,6 +97,14 @@ MicroBatch = Annotated[
     ),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.", rich_help_panel=opt.SPEED)]
+Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile",
+        help="Write trace.json, a profile of a few steps, for chrome://tracing or ui.perfetto.dev.",
+        rich_help_panel=opt.SPEED,
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run in the folder; refused if it holds anything that no run wrote.")
 ]
@@ -166,6 +174,7 @@ def train(
     precision: Precision = None,
     micro_batch: MicroBatch = None,
     compile: Compile = False,
+    profile: Profile = False,
     device_tflops: DeviceTflops = None,
     utilization: Utilization = 0.4,
     trial: Trial = None,
@@ -218,6 +227,7 @@ def train(
             workers=workers,
             channels_last=channels_last,
             compile=compile,
+            profile=profile,
             resume=resume,
             overwrite=overwrite,
             download=download,

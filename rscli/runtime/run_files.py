@@ -68,6 +68,11 @@ class RunFiles:
         """Loss and accuracy against the epoch, drawn."""
         return self.path / "curves.png"
 
+    @property
+    def trace(self) -> Path:
+        """The profile of a few steps, if one was asked for: a Chrome trace."""
+        return self.path / "trace.json"
+
     def files(self) -> list[Path]:
         """Every file that a finished run leaves here, but for those of its loggers and callbacks."""
         return [self.config, self.environment, self.checkpoint, self.model, self.curves]
@@ -97,7 +102,7 @@ class RunFiles:
     def _removable(self, config: Mapping[str, Any]) -> Iterable[Path]:
         torn = self.path.glob(".*.part")  # what a kill in the middle of a write left behind
         models = [*self.path.glob("loss-*.safetensors"), *self.path.glob("model-*.safetensors")]
-        return [*self.files(), self.running, self.failed, *models, *self.logs(config), *torn]
+        return [*self.files(), self.running, self.failed, self.trace, *models, *self.logs(config), *torn]
 
     def mark(self) -> None:
         """Says that this process trains here."""

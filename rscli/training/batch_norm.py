@@ -7,6 +7,8 @@ replaced. On CUDA torch's own function does it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ from torch import Tensor, distributed
 from torch.nn import functional
 from torch.nn.modules import _functions
 from torch.overrides import TorchFunctionMode
+
+_TORCHS = functional.batch_norm
+_BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+"""In which checkpointed layers run once more, where no mode is active, and on CUDA in a thread of autograd's."""
 
 
 class SharedStatistics(TorchFunctionMode):
@@ -24,9 +30,22 @@ class SharedStatistics(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answers `batch_norm` in training; every other function as always."""
-        if func is functional.batch_norm:
+        if func is _TORCHS:
             return _answer(*args, **(kwargs or {}))
+        if func in _BACKWARD:
+            with _in_every_thread():
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _in_every_thread() -> Iterator[None]:
+    """While the body runs, `functional.batch_norm` is answered whoever calls it."""
+    functional.batch_norm = _answer
+    try:
+        yield
+    finally:
+        functional.batch_norm = _TORCHS
 
 
 def _answer(
@@ -40,7 +59,7 @@ def _answer(
     eps: float = 1e-5,
 ) -> Tensor:
     if not training:
-        return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return _TORCHS(input, running_mean, running_var, weight, bias, False, momentum, eps)
     if input.device.type == "cuda":
         world, group = distributed.get_world_size(), distributed.group.WORLD
         out: Tensor = _functions.SyncBatchNorm.apply(

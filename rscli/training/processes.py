@@ -12,7 +12,7 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,6 +61,15 @@ class Processes:
         """What the first process has as `value`: plain values and tensors on the CPU."""
         return value
 
+    def rows(self, rows: Tensor, *, first: int, size: int) -> Tensor:
+        """`rows` (images, ...) and those of all other processes, in the order of their places in a step of `size` images; these
+        are those from place `first` on.
+        """
+        return rows
+
+    def check_gradients(self, trained: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises `InputError` if one of the parameters `trained`, by their names, has no gradient that could be averaged."""
+
     def wait(self) -> None:
         """Until all processes are here."""
 
@@ -80,7 +89,9 @@ class Processes:
         return nullcontext()
 
     def together(self, *, shared_statistics: bool) -> AbstractContextManager[object]:
-        """While the body runs an objective: batch normalisation over all processes, if its statistics are shared."""
+        """While the body runs an objective, forward and backward: batch normalisation over all processes, if its statistics are
+        shared.
+        """
         return nullcontext()
 
 
@@ -116,6 +127,24 @@ class Several(Processes):
         distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         found: T = box[0]
         return found
+
+    def rows(self, rows: Tensor, *, first: int, size: int) -> Tensor:
+        """See `Processes.rows`; what no process has, such as images of another micro-batch, is left out."""
+        table, there = rows.new_zeros(size, *rows.shape[1:]), torch.zeros(size, device=rows.device)
+        table[first : first + len(rows)] = rows
+        there[first : first + len(rows)] = 1
+        return self.sum(table)[self.sum(there) > 0]
+
+    def check_gradients(self, trained: Iterable[tuple[str, Tensor]]) -> None:
+        """See `Processes.check_gradients`. torch would say so at the next step, in words of its own, or wait for ever."""
+        missing = [name for name, parameter in trained if parameter.grad is None]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            named = ", ".join(f'"{name}"' for name in missing[:3])
+            raise InputError(
+                f"{self.world} processes cannot train {', '.join(missing[:3])}{more}: no gradient reaches it from the loss",
+                f"Freeze what takes no part: --set 'freeze=[{named}]'; or train in one process.",
+            )
 
     def wait(self) -> None:
         """See `Processes.wait`."""

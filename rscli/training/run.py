@@ -25,6 +25,7 @@ from rscli.runtime.progress import Progress
 from rscli.runtime.signals import StopRequest
 from rscli.smoothing.classifier import SmoothedClassifier
 from rscli.training.model_card import model_card
+from rscli.training.profiling import profiled
 from rscli.training.ramps import ramp_values
 from rscli.training.run_folder import RunFolder
 from rscli.training.trainer import Trainer
@@ -55,6 +56,8 @@ class TrainingRun(Run):
         self._means: dict[str, Any] = {}
         self._line: dict[str, Any] = {}
         self._save_wanted = False
+        self.profile: Path | None = None
+        """Where a profile of a few steps is to go, if one is wanted."""
         self.ended: str | None = None
         """Why training is finished before its last epoch, if it is."""
 
@@ -152,6 +155,8 @@ class TrainingRun(Run):
             self._call("begin")
             self.ended = trainer.processes.share(self.ended)
             trainer.after_step = partial(self._call, "after_step")
+            if self.profile is not None:
+                trainer.after_step = open_logs.enter_context(profiled(self.profile, trainer.after_step, self.progress))
             total = self.batches * self.epochs
             self.progress.start("train", total, self.epoch * self.batches + self.batch, "batch")
             open_logs.callback(self.progress.finish)
@@ -221,6 +226,7 @@ class TrainingRun(Run):
 
     def _save(self) -> None:
         self.trainer.meter.flush()
+        self.trainer.check_loss_state()
         if self.trainer.processes.first:
             ended = {} if self.ended is None else {"ended": self.ended}
             self._folder.save({**self.trainer.state(), "callbacks": self.states, "line": self._line, **ended})

@@ -9,6 +9,7 @@ checkpoint.pt      where the run is: weights, optimiser, position; replaced afte
 loss-*.safetensors what the loss keeps (soft labels, say), if anything; written again only when the loss has changed it
 model.safetensors  the finished model
 curves.png         loss and accuracy against the epoch, of a finished run
+trace.json         with --profile, where the time of a few steps went: a Chrome trace
 """
 
 from __future__ import annotations

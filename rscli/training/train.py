@@ -48,6 +48,7 @@ class TrainOptions:
     workers: int = 4
     channels_last: bool | None = None
     compile: bool = False
+    profile: bool = False
     resume: bool = False
     overwrite: bool = False
     download: bool = False
@@ -163,6 +164,7 @@ class _Training:
             return self.folder.model
         more = partial(open_split, self.resolved.dataset, split.spec, root=self.options.data_dir, workers=self.options.workers)
         run = TrainingRun(trainer, self.folder, more, self.progress, self.stop, holdout)
+        run.profile = self.folder.trace if self.options.profile and self.processes.first else None
         self._prepare(trainer, run, state)
         size = math.ceil(self.resolved.config.batch / trainer.chunks / self.processes.world)
         if self.resolved.config.micro_batch is not None:

@@ -8,9 +8,10 @@ objective. It is not the same to the last bit: sums over images are put together
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rscli.api import DataSpec, Noise, Position, TrainStep
 from rscli.config.layers import Resolved
 from rscli.data.splits import Batch, Split
 from rscli.models.initial import start_from
+from rscli.models.modelfile import tensor_digest
 from rscli.models.network import Classifier, build_classifier, head_of
 from rscli.runtime.devices import tf32_only_if
 from rscli.runtime.guard import broken, calling, number
@@ -76,6 +78,7 @@ class Trainer:
         self.model = Forward(compiled(self.classifier) if compile else self.classifier, self.config.precision, device)
         """What losses and attacks call."""
         self.objective = self.processes.average(Objective(self.model), device, shared_statistics=self.config.sync_batch_norm)
+        self.trained = [(name, each) for name, each in self.classifier.named_parameters() if each.requires_grad]
         self.batches = split.steps(self.config.batch)
         self.epoch, self.batch = 0, 0
         self.on_figures: Callable[[Mapping[str, Any]], None] | None = None
@@ -83,6 +86,8 @@ class Trainer:
         self.meter = self.new_meter()
         self.loss_state: dict[str, Tensor] = {}
         """What `Loss.setup` prepared, on the device."""
+        self._seen: dict[str, int] = {}
+        """Its versions, as they were when its processes were last found to agree."""
         self.networks: dict[str, nn.Module] = {}
         """What `Loss.networks` gave, on the device."""
         self.after_step: Callable[[], None] = lambda: None
@@ -179,30 +184,34 @@ class Trainer:
         alike = item.size < processes.world  # too few images to share: every process does all of them
         self.optimizer.zero_grad(set_to_none=True)
         objective, attack, noise = ramped(self.resolved, self.epoch + self.batch / self.batches)
-        parts = list(_micro_batches(item, config.micro_batch, objective.m))
+        parts = _micro_batches(item, config.micro_batch, objective.m, 1 if alike else processes.world)
         values: dict[str, Tensor] = {}
         for place, part in enumerate(parts):
-            self._seed_globally(item, place)
+            self._seed_globally(item, place, 0 if alike else processes.rank)
             step = self._train_step(part, position, noise, objective.m)
             if attack is not None:
                 step = attacked(attack, step)
             share = len(part.labels) / item.size * (1 if alike else processes.world)
-            with processes.gathering(self.objective, last=place == len(parts) - 1):
-                with processes.together(shared_statistics=config.sync_batch_norm and not alike):
-                    terms = self.objective(objective, step)
+            shared = config.sync_batch_norm and not alike
+            with (
+                processes.gathering(self.objective, last=place == len(parts) - 1),
+                processes.together(shared_statistics=shared),
+            ):
+                terms = self.objective(objective, step)
                 loss = torch.stack(list(terms.values())).sum()
-                self._backward(loss * share if share != 1 else loss)
+                self._backward(loss * share if share != 1 else loss)  # in here, as checkpointed layers run once more
             for name, value in _figures(terms, loss, step).items():
                 values[name] = values.get(name, 0) + value * (len(part.labels) / item.size / (processes.world if alike else 1))
+        processes.check_gradients(self.trained)
         self._follow_gradients(values)
         where = {"epoch": self.epoch + 1, "batch": self.batch + 1, "chunk": item.chunk + 1, "lr": self.last_lr}
         self.meter.add(values, item.size, where=where)
         self.after_step()
 
-    def _seed_globally(self, item: Batch, part: int) -> None:
-        """Seeds what draws from torch's global generator: dropout and the like, of its own in each process."""
+    def _seed_globally(self, item: Batch, part: int, rank: int) -> None:
+        """Seeds what draws from torch's global generator: dropout and the like, of its own for each `rank`."""
         key = ("step", self.epoch, item.number, item.chunk)
-        own = (self.processes.rank, part) if self.processes.world > 1 or part else ()
+        own = (rank, part) if rank or part else ()
         torch.manual_seed(derive(self.config.seed, "global", *key, *own))
 
     def _train_step(self, part: Batch, position: Position, smoothing: Noise, m: int) -> TrainStep:
@@ -232,7 +241,19 @@ class Trainer:
             state=self.loss_state,
             networks=self.networks,
             draws=draws,
+            gather=None if part.size < self.processes.world else partial(self.processes.rows, first=part.first, size=part.size),
         )
+
+    def check_loss_state(self) -> None:
+        """Raises `PluginError` if the loss has changed its state, and not in the same way in every process."""
+        versions = {name: tensor._version for name, tensor in self.loss_state.items() if not tensor.is_inference()}
+        changed, self._seen = versions != self._seen, versions
+        if self.processes.world == 1 or not self.processes.any([changed])[0]:
+            return
+        digest = tensor_digest(self.loss_state)
+        if self.processes.any([digest != self.processes.share(digest)])[0]:
+            what = "changed its state otherwise in one process than in another; it must change it by what step.gathered gives"
+            raise broken(self.resolved.loss, "step", what)
 
     def _backward(self, loss: Tensor) -> None:
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
@@ -244,6 +265,8 @@ class Trainer:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.classifier.parameters(), self.config.clip_norm)
+            if self.scaler is not None:  # it skips the step, and training goes on
+                norm = torch.where(norm.isfinite(), norm, 0)
             values["grad_norm"] = norm / self.processes.world  # the same in all of them, and summed over them
         if self.scaler is None:
             self.optimizer.step()
@@ -252,12 +275,18 @@ class Trainer:
             self.scaler.update()
 
 
-def _micro_batches(item: Batch, most: int | None, m: int) -> Iterator[Batch]:
-    """The images of `item` in parts whose `m` copies each are at most `most` noisy images; one image at least."""
+def _micro_batches(item: Batch, most: int | None, m: int, world: int) -> list[Batch]:
+    """The images of `item` in parts of nearly equal size, whose `m` copies each are at most `most` noisy images.
+
+    All of `world` processes have the same number of parts, because layers that share statistics wait for each other. So a part
+    has one image at least, and two if only some processes have an image more than others.
+    """
     if most is None:
-        return iter((item,))
-    size = max(1, most // m)
-    return (item.part(begin, begin + size) for begin in range(0, len(item.labels), size))
+        return [item]
+    images, largest = len(item.labels), -(-item.size // world)
+    count = min(-(-largest // max(1, most // m)), item.size // world)
+    edges = [place * images // count for place in range(count + 1)]
+    return [item.part(begin, end) for begin, end in pairwise(edges)]
 
 
 def _figures(terms: Mapping[str, Tensor], loss: Tensor, step: TrainStep) -> dict[str, Tensor]:

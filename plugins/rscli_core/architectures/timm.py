@@ -49,6 +49,9 @@ class TimmModel(Architecture):
     )
     drop_rate: float | None = Field(None, ge=0, lt=1, description="dropout before the last layer; none: the model's own")
     drop_path_rate: float | None = Field(None, ge=0, lt=1, description="stochastic depth; none: the model's own")
+    grad_checkpointing: bool = Field(
+        False, description="run layers again in the backward instead of keeping what they computed: less memory, more time"
+    )
     kwargs: dict[str, bool | int | float | str | None] = Field(
         default_factory=dict, description="more keyword arguments for the model, such as img_size or global_pool"
     )
@@ -101,6 +104,8 @@ class TimmModel(Architecture):
             self._check_weights(spec)
         try:
             return self._create(pretrained, spec)
+        except InputError:
+            raise
         except Exception as cause:  # timm's models refuse arguments and images with exceptions of any type
             if pretrained and self._builds_without_weights(spec):
                 raise _no_weights(self.model, cause) from cause
@@ -119,6 +124,7 @@ class TimmModel(Architecture):
     def _create(self, pretrained: bool, spec: DataSpec) -> nn.Module:
         import timm
 
+        from rscli_core.architectures._checkpointing import count_once
         from rscli_core.architectures._resize import Resized
 
         classes, channels = len(spec.class_names), spec.shape[0]
@@ -127,6 +133,9 @@ class TimmModel(Architecture):
         )
         if self.input_size is not None:
             network.register_forward_pre_hook(Resized(self.input_size))
+        if self.grad_checkpointing:
+            _checkpointed(network, self.model)
+            count_once(network)
         _try_forward(network, classes, spec.shape)
         return network
 
@@ -236,6 +245,14 @@ def _way_out(model: str) -> str:
         f"machine with a network: python -c \"import timm; timm.create_model('{model}', pretrained=True)\"; "
         f"it keeps the weights in {HF_HUB_CACHE}: copy that folder here (HF_HOME moves it)."
     )
+
+
+def _checkpointed(network: nn.Module, model: str) -> None:
+    """Switches timm's checkpointing on. Raises `InputError` if the model has none."""
+    try:
+        getattr(network, "set_grad_checkpointing")(True)  # noqa: B009  # what timm adds to a module
+    except (AssertionError, AttributeError, TypeError) as cause:
+        raise InputError(f"timm's {model!r} has no checkpointing", "Leave out arch.grad_checkpointing.") from cause
 
 
 def _try_forward(network: nn.Module, classes: int, input_shape: tuple[int, int, int]) -> None:
