@@ -7,6 +7,7 @@ hint, without a traceback. Every other exception is a defect of the program and 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 MOST_TOLD = 25
 """Problems that are told one by one; a file may have thousands."""
@@ -34,6 +35,10 @@ class RscliError(Exception):
     """
 
     exit_code = 1
+    said_by: Literal["all", "first", "this"] = "all"
+    """Which of several processes says it: each that has it, unless the first has already ended the others with it; the first
+    alone, since all have it; or this one, at once, since the others end without a word.
+    """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)

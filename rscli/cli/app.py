@@ -33,7 +33,8 @@ def main() -> None:
             if os.environ.get(boundary.DEBUG):
                 raise
             error = boundary.translated(cause) if isinstance(cause, OSError) else cause
-            boundary.show(error)
+            if boundary.speaks(error):
+                boundary.show(error)
             sys.exit(error.exit_code)
 
 

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
+from rscli.cli.one_voice import speaks
 from rscli.cli.streams import diverted
 from rscli.errors import RscliError, Stopped
 
@@ -34,13 +35,15 @@ def boundary(command: Callable[P, R]) -> Callable[P, R]:
         except RscliError as error:
             if os.environ.get(DEBUG):
                 raise
-            show(error)
+            if speaks(error):
+                show(error)
             raise typer.Exit(error.exit_code) from None
         except OSError as cause:  # what no reader or writer below has answered
             if os.environ.get(DEBUG):
                 raise
             in_words = translated(cause)
-            show(in_words)
+            if speaks(in_words):
+                show(in_words)
             raise typer.Exit(in_words.exit_code) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

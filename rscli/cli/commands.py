@@ -14,6 +14,7 @@ from rscli.cli.compare import compare
 from rscli.cli.doctor import doctor
 from rscli.cli.ensemble import ensemble
 from rscli.cli.import_ import import_
+from rscli.cli.one_voice import Application
 from rscli.cli.plugins import plugins
 from rscli.cli.predict import predict
 from rscli.cli.presets import presets
@@ -22,6 +23,7 @@ from rscli.cli.train import train
 
 app = typer.Typer(
     name="rscli",
+    cls=Application,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -14,6 +14,10 @@ INTERRUPTED = "interrupted"
 STOPPED = "stopped: run the same command again, with --resume to continue a run that has begun"
 
 
+_speaks = True
+"""Whether this process says why it ends: the first one does, of several that a launcher started, and ends together."""
+
+
 class Terminated(BaseException):
     """A signal other than Ctrl-C. No `Exception`, so that nobody takes it for an error of their own, and half files go."""
 
@@ -29,7 +33,10 @@ def heard() -> Iterator[None]:
     A signal that the process was started to ignore (by nohup, say) stays ignored.
     """
     from rscli.runtime.signals import STOPPING
+    from rscli.runtime.torchrun import is_first
 
+    global _speaks
+    _speaks = is_first()
     before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         for number, handler in before.items():
@@ -38,7 +45,8 @@ def heard() -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Terminated) as cause:
         stopped_by: int = signal.SIGINT if isinstance(cause, KeyboardInterrupt) else cause.number
-        print(_said(stopped_by), file=sys.stderr)
+        if _speaks:
+            print(_said(stopped_by), file=sys.stderr)
         sys.exit(_code(stopped_by))
     finally:
         for number, handler in before.items():
@@ -66,7 +74,8 @@ def _receive(number: int, frame: FrameType | None) -> Never:
     """
     if _imports(frame):
         with suppress(OSError):
-            os.write(2, f"{_said(number)}\n".encode())
+            if _speaks:
+                os.write(2, f"{_said(number)}\n".encode())
         os._exit(_code(number))
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 

@@ -113,9 +113,10 @@ class LineProgress:
         self._last = (done, figures)
         if time.monotonic() - self._said >= LINE_SECONDS:
             self._say(done, figures)
+            self._last = None
 
     def finish(self) -> None:
-        """The last state, if there was one."""
+        """The last state, unless it is said already."""
         if self._last is not None:
             self._say(*self._last)
 

@@ -10,7 +10,7 @@ import typer
 
 from rscli.cli import options as opt
 from rscli.cli.plans import PlannedRun, check_folders, plan
-from rscli.errors import InputError, RscliError
+from rscli.errors import InputError, PluginError, RscliError, Stopped
 
 if TYPE_CHECKING:
     from rscli.runtime.progress import Progress
@@ -201,6 +201,7 @@ def train(
     """
     from rscli.cli.output import emit_json, listener
     from rscli.config.run_names import read_seeds, read_sweeps
+    from rscli.runtime.progress import Silent
     from rscli.runtime.torchrun import launched
     from rscli.training.train import TrainOptions
 
@@ -234,9 +235,11 @@ def train(
         ),
     )
     first = launched().rank == 0  # of the processes that torchrun started; it speaks for all
-    progress = listener(quiet or not first)
+    progress = listener(quiet) if first else Silent()
     for note in dict.fromkeys(_notes(runs)):
         progress.note(note)
+    if dry_run and not first:
+        return
     if dry_run:
         from rscli.cli.dry_run import Pace, show
 
@@ -272,7 +275,8 @@ def _train(runs: Sequence[PlannedRun], progress: Progress) -> list[dict[str, Any
         try:
             model = train(run.resolved, run.options, progress)
         except RscliError as error:
-            if len(runs) == 1 or type(error) is not RscliError:
+            of_one_process = error.said_by == "this"
+            if len(runs) == 1 or isinstance(error, InputError | PluginError | Stopped) or of_one_process:
                 raise
             failed.append(folder)
             progress.warn(f"{folder} failed: {error}")
@@ -282,7 +286,9 @@ def _train(runs: Sequence[PlannedRun], progress: Progress) -> list[dict[str, Any
         answers.append({"model": str(model), "folder": str(folder), **({"sweep": run.point} if run.point else {})})
     if failed:
         hint = "`rscli runs` says why; the same command with --resume tries them again."
-        raise RscliError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(map(str, failed))}", hint)
+        failure = RscliError(f"{len(failed)} of {len(runs)} runs failed: {', '.join(map(str, failed))}", hint)
+        failure.said_by = "first"
+        raise failure
     return answers
 
 

@@ -55,6 +55,14 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch(rank or 0, world, address, port or 0, kept, environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether no other process speaks for this one; so it is, too, where the variables cannot be understood."""
+    try:
+        return launched(environment).rank == 0
+    except InputError:
+        return True
+
+
 def local_rank(environment: Mapping[str, str] = os.environ) -> int:
     """Which of the processes of this machine this is. Raises `InputError` for a value that cannot be."""
     return _whole(environment, "LOCAL_RANK", 0, None) or 0

@@ -15,6 +15,12 @@ INTERVAL = 16
 """Steps between two readings: the host waits for the device once in so many steps."""
 
 
+class Diverged(RscliError):
+    """The loss is no longer finite: all processes find it at the same step, as each has the sum over all."""
+
+    said_by = "first"
+
+
 class Meter:
     """Sums of the loss, its terms and the accuracy under noise, weighted by images; stops the run when they are not finite.
 
@@ -59,7 +65,7 @@ class Meter:
                 shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
                 hint = "The last checkpoint is untouched. A smaller optimizer.lr, or a smaller weight of the term, often helps."
                 at = "epoch {epoch}, batch {batch}, chunk {chunk}".format(**where)
-                raise RscliError(f"the loss is no longer finite at {at}: {shown} (learning rate {where['lr']:g})", hint)
+                raise Diverged(f"the loss is no longer finite at {at}: {shown} (learning rate {where['lr']:g})", hint)
             if self._on_figures is not None:
                 self._on_figures({**where, **values})
             for name, value in values.items():

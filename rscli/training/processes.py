@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rscli.errors import InputError, RscliError
+from rscli.errors import InputError, RscliError, reason
 from rscli.runtime.rendezvous import meet
 from rscli.runtime.signals import StopRequest
 from rscli.runtime.torchrun import Launch, launched
 from rscli.training.batch_norm import SharedStatistics
+from rscli.training.metrics import Diverged
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -37,6 +38,14 @@ PATIENCE = timedelta(days=7)
 WATCH_SECONDS = 0.5
 GRACE_SECONDS = 2.0
 """How long a process that waits for one that has failed may take to notice by itself."""
+
+
+class EndedByAnother(SystemExit):
+    """The quiet end of a process, with the exit code of another one that has failed; `why` is what that one says."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(code)
+        self.why = why
 
 
 class Processes:
@@ -176,18 +185,23 @@ class Several(Processes):
     def failing_together(self) -> Iterator[None]:
         """While the body runs: a process that fails says so in its own words, and the others end quietly, at once.
 
-        Raises `SystemExit` instead of the error of a process that another one has forestalled, or that the error of another one
-        has reached through torch.
+        Raises `EndedByAnother` instead of the error of a process that another one has forestalled, or that the error of another
+        one has reached through torch. What all find together, `Diverged`, ends nobody: the next run may begin. May be nested.
         """
         try:
             yield
+        except (Diverged, EndedByAnother):
+            raise
         except BaseException as cause:
-            code = cause.exit_code if isinstance(cause, RscliError) else 1
-            if self._forestalled(cause, code):
-                raise SystemExit(code) from None
+            if ended := self._forestalled(cause):
+                raise ended from None
             if _of_another(cause):
                 hint = "See what it said, or whether the system killed it. The same command with --resume goes on."
-                raise RscliError(f"another of the {self.world} processes has ended in the middle of the run", hint) from cause
+                error = RscliError(f"another of the {self.world} processes has ended in the middle of the run", hint)
+                error.said_by = "this"
+                raise error from cause
+            if isinstance(cause, RscliError):
+                cause.said_by = "this"
             raise
 
     def leave(self) -> None:
@@ -197,16 +211,18 @@ class Several(Processes):
         self._over.set()
         distributed.destroy_process_group()
 
-    def _forestalled(self, cause: BaseException, code: int) -> bool:
-        """Whether another process has failed before this one; otherwise the others are told that this one has."""
+    def _forestalled(self, cause: BaseException) -> EndedByAnother | None:
+        """The end that another process brings, which failed before; or None, and the others are told that this one fails."""
         self._over.set()
         if _of_another(cause):
             time.sleep(2 * WATCH_SECONDS)  # it may say so only now
+        code, why = (cause.exit_code, cause.message) if isinstance(cause, RscliError) else (1, reason(cause))
         try:
-            said = self._store.compare_set("failed", "", f"{self.rank} {code}").decode()
+            said = self._store.compare_set("failed", "", f"{self.rank} {code} {why}").decode()
         except RuntimeError:  # the store is gone, and with it the process that kept it
-            return False
-        return said.split()[0] != str(self.rank)
+            return None
+        rank, code, why = said.split(" ", 2)
+        return None if int(rank) == self.rank else EndedByAnother(int(code), why)
 
     def _watch(self) -> None:
         """Ends this process soon after another one has said that it fails: torch would wait for it."""

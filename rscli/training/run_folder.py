@@ -30,9 +30,11 @@ from rscli.errors import InputError, PluginError, RscliError, Stopped, reason
 from rscli.runtime.files import check_regular, explained, read_json, replacing, write_json, write_text
 from rscli.runtime.progress import Progress
 from rscli.runtime.run_files import IF_IT_CRASHED, RunFiles, Worker
+from rscli.runtime.signals import COME_BACK, INTERRUPTED
 from rscli.runtime.torchrun import launched
 from rscli.training.checkpoint import check_data, check_position, check_seal, remedy, seal
 from rscli.training.loss_state import LossStateFile
+from rscli.training.processes import EndedByAnother
 
 
 class RunFolder(RunFiles):
@@ -119,12 +121,19 @@ class RunFolder(RunFiles):
             yield
         except Stopped:
             raise
+        except EndedByAnother as cause:
+            if cause.code not in (COME_BACK, INTERRUPTED):
+                self._say_failed(cause.why)
+            raise
         except Exception as cause:
-            with suppress(OSError, RscliError):  # the disk may be what failed
-                write_text(self.failed, f"{cause.message if isinstance(cause, RscliError) else reason(cause)}\n")
+            self._say_failed(cause.message if isinstance(cause, RscliError) else reason(cause))
             raise
         finally:
             self.running.unlink(missing_ok=True)
+
+    def _say_failed(self, why: str) -> None:
+        with suppress(OSError, RscliError):  # the disk may be what failed
+            write_text(self.failed, f"{why}\n")
 
     def save(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint. Raises `RscliError` if there is no room for it; the one before is kept."""

@@ -171,7 +171,8 @@ class _Training:
             size = min(size, max(1, self.resolved.config.micro_batch // self.resolved.loss.m))
         copies = f"a forward of {size} images with {self.resolved.loss.m} noisy copies each"
         at_work = self.folder.at_work(self.progress) if self.processes.first else nullcontext()
-        with closing(split), at_work, enough_memory(self.device, copies, TOO_LARGE):
+        failing_together = self.processes.failing_together()  # inside: the folder says what another process failed with
+        with closing(split), at_work, failing_together, enough_memory(self.device, copies, TOO_LARGE):
             run.complete()
         if self.processes.first:
             run.write_model(self.folder.model)
