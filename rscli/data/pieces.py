@@ -173,7 +173,7 @@ def joined(
 
 
 def one_ahead(batches: Iterator[T], device: torch.device) -> Generator[T]:
-    """The `batches`, tuples of tensors; on CUDA each is begun, on a stream of its own, before the one before is handed out."""
+    """The `batches`, tuples with tensors in them; on CUDA each is begun, on a stream of its own, before the one before is handed out."""
     if device.type != "cuda":
         yield from batches
         return
@@ -188,8 +188,8 @@ def one_ahead(batches: Iterator[T], device: torch.device) -> Generator[T]:
         following = begin()
         stream = torch.cuda.current_stream(device)
         stream.wait_event(copied)
-        for tensor in batch:
-            if tensor.is_cuda:
-                tensor.record_stream(stream)  # its memory is not used again before this stream is done with it
+        for each in batch:
+            if isinstance(each, Tensor) and each.is_cuda:
+                each.record_stream(stream)  # its memory is not used again before this stream is done with it
         yield batch
         batch, copied = following

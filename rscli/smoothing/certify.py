@@ -15,6 +15,7 @@ from rscli.config.layers import build_section
 from rscli.config.problems import Problems
 from rscli.config.settings import flatten
 from rscli.data.splits import HOLDOUT, Split, open_split, set_aside, spec_of
+from rscli.data.subset import limited
 from rscli.errors import InputError, RscliError, Stopped
 from rscli.models.card import ModelCard
 from rscli.models.modelfile import card_of, load_model
@@ -296,16 +297,21 @@ def _open(card: ModelCard, options: CertifyOptions) -> Split:
         )
     if options.split == HOLDOUT and (card.config or {}).get("holdout"):
         whole = open_split(dataset, card.spec, "train", options.data_dir, download=options.download)
-        return set_aside(whole, *_holdout_of(card))[1]
+        count, seed, limit = _holdout_of(card)
+        return set_aside(limited(whole, limit), count, seed)[1]
     return open_split(dataset, card.spec, options.split, options.data_dir, download=options.download)
 
 
-def _holdout_of(card: ModelCard) -> tuple[int, int]:
-    """How many training images were set aside, and the seed that chose them. Raises `InputError` if the model file is wrong."""
-    found = [(card.config or {}).get(key) for key in ("holdout", "seed")]
-    if not all(type(value) is int and value >= 0 for value in found):
-        raise InputError(f"the model file says holdout = {found[0]!r:.40}, seed = {found[1]!r:.40}: whole numbers are wanted")
-    return cast(tuple[int, int], tuple(found))
+def _holdout_of(card: ModelCard) -> tuple[int, int, int | None]:
+    """How many training images were set aside, the seed that chose them, and the limit that they were chosen from, if any.
+
+    Raises `InputError` if the model file is wrong.
+    """
+    holdout, seed, limit = found = [(card.config or {}).get(key) for key in ("holdout", "seed", "limit")]
+    if not all(type(value) is int and value >= 0 for value in (holdout, seed, 1 if limit is None else limit)):
+        said = ", ".join(f"{key} = {value!r:.40}" for key, value in zip(("holdout", "seed", "limit"), found, strict=True))
+        raise InputError(f"the model file says {said}: whole numbers are wanted")
+    return cast(tuple[int, int, int | None], tuple(found))
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from PIL import Image
 
 from rscli.api import Augmentation, Dataset, DataSpec, EncodedImages, Transform
 from rscli.data import transforms
-from rscli.data.pieces import PIECE_PIXELS, Order, piece_size, pieces_ahead
+from rscli.data.pieces import PIECE_PIXELS, Order, one_ahead, piece_size, pieces_ahead
 from rscli.data.sources import EncodedFiles
-from rscli.data.splits import FileSplit, open_split
+from rscli.data.splits import Batch, FileSplit, open_split
 from rscli.data.transforms import EncodedFile, load_image, load_resized_crop
 from rscli.errors import InputError, PluginError, RscliError
 
@@ -502,6 +502,38 @@ def test_the_content_of_a_file_is_read_like_the_file(tmp_path):
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------------------------------
+
+
+class PretendedStream:
+    """A CUDA stream that there is not."""
+
+    def __init__(self, *_: object) -> None:
+        self.waited: list[object] = []
+
+    def record_event(self) -> object:
+        return object()
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+
+def test_a_batch_with_its_numbers_is_read_ahead_on_cuda(monkeypatch):
+    """Without a GPU: only what the host does. A batch holds whole numbers besides its tensors."""
+    main = PretendedStream()
+    monkeypatch.setattr(torch.cuda, "Stream", PretendedStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    batches = [Batch(torch.zeros(2, 1, 1, 1), torch.zeros(2), torch.arange(2), number, 0, 0, 2) for number in range(3)]
+    begun = []
+
+    def reading():
+        for batch in batches:
+            begun.append(batch.number)
+            yield batch
+
+    ahead = [(batch.number, len(begun)) for batch in one_ahead(reading(), torch.device("cuda", 0))]
+    assert ahead == [(0, 2), (1, 3), (2, 3)]
+    assert len(main.waited) == 3
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from rscli.api import DataSpec, Transform
 from rscli.cli.app import app
 from rscli.config.layers import rebuild, resolve
 from rscli.data.splits import FileSplit, MemorySplit, Split, open_split, set_aside, spec_of
+from rscli.data.subset import limited
 from rscli.errors import ConfigError, InputError, Stopped
 from rscli.models.modelfile import load_model
 from rscli.results.reader import read_results
@@ -204,6 +205,15 @@ def test_certify_takes_the_images_that_the_run_has_set_aside(tmp_path):
     assert found.label.tolist() == held.labels.tolist()
     protocol = json.loads((tmp_path / "r.tsv.protocol.json").read_text())
     assert (protocol["split"], protocol["data_sha256"]) == ("holdout", held.fingerprint())
+
+
+def test_certify_takes_them_from_the_images_that_the_run_is_limited_to(tmp_path):
+    train(digits("holdout=20", "limit=100"), options(tmp_path), Silent())
+    answer = certify(tmp_path, "--max", "5")
+    assert answer.exit_code == 0, answer.output
+    left, held = set_aside(limited(digits_split(tmp_path), 100), 20, seed=0)
+    assert len(left) == 80
+    assert json.loads((tmp_path / "r.tsv.protocol.json").read_text())["data_sha256"] == held.fingerprint()
 
 
 def test_certify_says_that_a_model_has_set_nothing_aside(tmp_path):
