@@ -173,7 +173,9 @@ def joined(
 
 
 def one_ahead(batches: Iterator[T], device: torch.device) -> Generator[T]:
-    """The `batches`, tuples of tensors; on CUDA each is begun, on a stream of its own, before the one before is handed out."""
+    """The `batches`, tuples with tensors in them; on CUDA each is begun, on a stream of its own, before the one before it is
+    handed out.
+    """
     if device.type != "cuda":
         yield from batches
         return
