@@ -300,9 +300,11 @@ def _picture(folder: Path, progress: Progress) -> None:
     from rscli.runtime.run_files import RunFiles
     from rscli.runtime.torchrun import launched
 
+    if launched().rank > 0:
+        return
     run, files = look(folder), RunFiles(folder)
     drawn = files.curves.exists() and files.curves.stat().st_mtime >= files.model.stat().st_mtime
-    if launched().rank > 0 or drawn or not run.lines:
+    if drawn or not run.lines:
         return
     try:
         save_curves({str(folder): run}, files.curves)

@@ -25,8 +25,12 @@ class SetupContext(TrainContext):
     ) -> None:
         self.images, self.classes, self.noise, self.device = len(split), len(split.spec.class_names), noise, device
         self.generator = generator(device, seed, "setup")
-        self.data_sha256 = split.fingerprint()
         self._split, self._progress, self._stop = split, progress, stop
+
+    @property
+    def data_sha256(self) -> str:  # type: ignore[override]
+        """The fingerprint; taken when it is asked for, as a million files are looked at for it, by every process."""
+        return self._split.fingerprint()
 
     def batches(self, batch: int = 256) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Every training image once, under the test transform: indices (b,), images (b, channel, height, width), labels (b,).

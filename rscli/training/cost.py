@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rscli.api import Loss, Passes
 from rscli.config.layers import Resolved
-from rscli.data.splits import open_split, spec_of
+from rscli.data.splits import open_split, set_aside, spec_of
 from rscli.data.subset import limited
 from rscli.errors import InputError
 from rscli.runtime.devices import pick_device
@@ -184,6 +184,8 @@ def trial(resolved: Resolved, options: TrainOptions, seconds: float, progress: P
     spec = spec_of(resolved.dataset, options.data_dir)
     whole = open_split(resolved.dataset, spec, "train", options.data_dir, download=options.download, workers=options.workers)
     split = limited(whole, resolved.config.limit)
+    if resolved.config.holdout:
+        split, _ = set_aside(split, resolved.config.holdout, resolved.config.seed)
     trainer = Trainer(resolved, spec, split, device, channels_last=options.channels_last, compile=options.compile)
     with closing(_batch_sizes(trainer)) as sizes:
         next(sizes)

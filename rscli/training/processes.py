@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import inspect
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,7 +109,9 @@ class Several(Processes):
     """One of several processes."""
 
     def __init__(self, launch: Launch, store: Store) -> None:
-        self.rank, self.world, self._store = launch.rank, launch.world, store
+        self.rank, self.world = launch.rank, launch.world
+        # A connection of its own: torch may wait on the other one, for a key of NCCL's, say. (Older versions have no clone.)
+        self._store = store.clone() if hasattr(store, "clone") else store
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
@@ -268,6 +271,7 @@ def _join(launch: Launch, stop: StopRequest, waiting: Callable[[str], None], dev
             "Start one process for each GPU: torchrun --nproc-per-node gpu.",
         )
     store = meet(launch, "train", waiting, stop)
+    _check_devices(launch, store, device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(
         backend, store=PrefixStore("group", store), rank=launch.rank, world_size=launch.world, timeout=PATIENCE
@@ -275,6 +279,23 @@ def _join(launch: Launch, stop: StopRequest, waiting: Callable[[str], None], dev
     several = Several(launch, store)
     atexit.register(several.leave)
     return several
+
+
+def _check_devices(launch: Launch, store: Store, device: torch.device) -> None:
+    """Raises `InputError`, in every process, if two would share a GPU, or not all are on the same kind of device."""
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    where = [device.type, gpu, os.environ.get("CUDA_VISIBLE_DEVICES", ""), socket.gethostname(), str(device)]
+    store.set(f"device {launch.rank}", "\n".join(where))
+    found = [store.get(f"device {rank}").decode().split("\n") for rank in range(launch.world)]
+    if len(kinds := sorted({kind for kind, *_ in found})) > 1:
+        hint = "Name one that every machine has: --device cpu, say."
+        raise InputError(f"the processes are on different kinds of devices: {' and '.join(kinds)}", hint)
+    for rank, each in enumerate(found):
+        if device.type == "cuda" and each in found[:rank]:
+            raise InputError(
+                f"the processes {found.index(each)} and {rank} would share the GPU {each[-1]} of {each[-2]}",
+                "Leave the number out of --device, start one process for each GPU, and set LOCAL_RANK for each.",
+            )
 
 
 def _of_another(cause: BaseException) -> bool:

@@ -144,7 +144,14 @@ class TrainingRun(Run):
         self.ended = state.get("ended")
 
     def complete(self) -> None:
-        """Trains to the end. Raises `Stopped` when asked to stop; the state is saved."""
+        """Trains to the end. Raises `Stopped` when asked to stop, in all processes; the state is saved, and logs are closed."""
+        try:
+            self._train()
+        except Stopped:
+            self.trainer.processes.wait()  # for the first one, which may send the last of a log: who ends earlier would end it
+            raise
+
+    def _train(self) -> None:
         trainer = self.trainer
         with ExitStack() as open_logs:
             loggers = trainer.resolved.loggers.values() if trainer.processes.first else ()

@@ -109,7 +109,7 @@ def train(resolved: Resolved, options: TrainOptions, progress: Progress) -> Path
         processes = joined(stop, progress.note, device)
         with processes.failing_together():
             model = _Training(resolved, options, progress if processes.first else Silent(), stop, device, processes).complete()
-            if stop.requested:
+            if processes.any([stop.requested])[0]:  # all or none: one that stops would end the others
                 raise Stopped(f"stopped as asked, when {model} was just finished", exit_code=stop.exit_code)
     return model
 

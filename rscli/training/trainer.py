@@ -72,7 +72,8 @@ class Trainer:
             self.optimizer = resolved.optimizer.build(self.classifier)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise broken(resolved.optimizer, "build", f"returned {self.optimizer!r:.80}, which is no optimiser of torch's")
-        if inspect.signature(self.optimizer.step).parameters["closure"].default is inspect.Parameter.empty:
+        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
             raise broken(resolved.optimizer, "build", f"returned {type(self.optimizer).__name__}, whose step needs a closure")
         self.scaler = gradient_scaler(self.config.precision, device)
         self.model = Forward(compiled(self.classifier) if compile else self.classifier, self.config.precision, device)

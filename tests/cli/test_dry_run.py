@@ -179,6 +179,12 @@ def test_a_trial_measures_and_writes_nothing(here):
     assert list(here.iterdir()) == []
 
 
+def test_a_trial_counts_the_images_that_are_trained_on(here):
+    sets = ["--set", "holdout=437", "--set", "limit=1000"]
+    found = dry("--preset", "digits-gaussian-0.25", "--device", "cpu", "--trial", "0.1", *sets)["cost"]
+    assert found["hours"] == pytest.approx(found["epochs"] * 563 / found["trial"]["images_per_s"] / 3600)
+
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scale.md"
 COSTS = re.findall(
     r"^\| `([\w.-]+)` \| (\d+) \+ (\d+) \| (\d+) \| (\S+) \| (\S+) GiB \| (\S+) \|$", PAGE.read_text(encoding="utf-8"), re.M

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rscli.cli.app import app
+from rscli.cli.train import _picture
 from rscli.report.runs import look, read_log
 from rscli.runtime.progress import Silent
 from rscli.runtime.run_files import RunFiles
@@ -223,3 +224,13 @@ def test_the_listing_needs_no_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "runs", str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "AssertionError" not in done.stderr
+
+
+def test_only_the_first_process_draws_a_finished_run(tmp_path, monkeypatch):
+    """To another one, on another machine, a file that the first has just written may not be there yet."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    (tmp_path / "curves.png").touch()
+    _picture(tmp_path, Silent())

@@ -26,6 +26,7 @@ from rscli.runtime.signals import STOPPING
 from rscli.training.minimum_batch import check_single_image_batches
 from rscli.training.train import outlook, train
 from rscli.training.trainer import Trainer, attacked
+from rscli_core.optimizers.sgd import Sgd
 from runs import Interrupting
 from runs import train_options as options
 
@@ -251,6 +252,23 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay_on_every_parameter(tmp_pat
     wanted = [p - 0.05 * (0.9 * v + g + 1e-4 * p) for p, v, g in zip(middle, velocity, second, strict=True)]
     for got, expected in zip(made.classifier.parameters(), wanted, strict=True):
         torch.testing.assert_close(got.detach(), expected)
+
+
+class Plain(torch.optim.Optimizer):
+    """Gradient descent whose step takes nothing."""
+
+    def step(self):
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter -= self.param_groups[0]["lr"] * parameter.grad
+
+
+def test_an_optimiser_whose_step_takes_no_closure_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(Sgd, "build", lambda self, model: Plain(model.parameters(), {"lr": self.lr}))
+    made = trainer(settings(loss__name="gaussian", loss__lbd=""), tmp_path)
+    before = [parameter.detach().clone() for parameter in made.classifier.parameters()]
+    next(made.epoch_batches())
+    assert not any(torch.equal(old, new) for old, new in zip(before, made.classifier.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(("epoch", "drops"), [(0, 0), (30, 0), (31, 1), (60, 1), (61, 2), (89, 2)])
