@@ -17,7 +17,6 @@ from torch.nn import functional
 from torch.nn.modules import _functions
 from torch.overrides import TorchFunctionMode
 
-
 _TORCHS = functional.batch_norm
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 """In which checkpointed layers run once more, where no mode is active, and on CUDA in a thread of autograd's."""

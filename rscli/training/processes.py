@@ -61,7 +61,7 @@ class Processes:
         """What the first process has as `value`: plain values and tensors on the CPU."""
         return value
 
-    def rows(self, rows: Tensor, *, first: int, size: int) -> Tensor:  # noqa: ARG002
+    def rows(self, rows: Tensor, *, first: int, size: int) -> Tensor:
         """`rows` (images, ...) and those of all other processes, in the order of their places in a step of `size` images; these
         are those from place `first` on.
         """

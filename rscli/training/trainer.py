@@ -193,7 +193,10 @@ class Trainer:
                 step = attacked(attack, step)
             share = len(part.labels) / item.size * (1 if alike else processes.world)
             shared = config.sync_batch_norm and not alike
-            with processes.gathering(self.objective, last=place == len(parts) - 1), processes.together(shared_statistics=shared):
+            with (
+                processes.gathering(self.objective, last=place == len(parts) - 1),
+                processes.together(shared_statistics=shared),
+            ):
                 terms = self.objective(objective, step)
                 loss = torch.stack(list(terms.values())).sum()
                 self._backward(loss * share if share != 1 else loss)  # in here, as checkpointed layers run once more

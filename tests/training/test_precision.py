@@ -195,7 +195,7 @@ def test_an_emulated_precision_is_warned_about_before_the_run(tmp_path, monkeypa
     monkeypatch.setattr(devices, "CPUINFO", info)
     listening = Listening()
 
-    class Began(Exception):  # noqa: N818
+    class Began(Exception):
         pass
 
     def begin(_trainer: Trainer) -> None:
