@@ -136,7 +136,7 @@ class Several(Processes):
         return self.sum(table)[self.sum(there) > 0]
 
     def check_gradients(self, trained: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Processes.check_gradients` (any shape). torch would say so at the next step, in words of its own, or wait for ever."""
+        """See `Processes.check_gradients` (any shape). torch would say so at the next step, in its own words, or hang."""
         missing = [name for name, parameter in trained if parameter.grad is None]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
