@@ -78,7 +78,7 @@ class Processes:
         return rows
 
     def check_gradients(self, trained: Iterable[tuple[str, Tensor]]) -> None:
-        """Raises `InputError` if one of the parameters `trained`, by their names, has no gradient that could be averaged."""
+        """Raises `InputError` if one of the parameters `trained` (any shape), by name, has no gradient to average."""
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -141,14 +141,14 @@ class Several(Processes):
         return found
 
     def rows(self, rows: Tensor, *, first: int, size: int) -> Tensor:
-        """See `Processes.rows`; what no process has, such as images of another micro-batch, is left out."""
+        """See `Processes.rows`: (images, ...); what no process has, such as images of another micro-batch, is left out."""
         table, there = rows.new_zeros(size, *rows.shape[1:]), torch.zeros(size, device=rows.device)
         table[first : first + len(rows)] = rows
         there[first : first + len(rows)] = 1
         return self.sum(table)[self.sum(there) > 0]
 
     def check_gradients(self, trained: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Processes.check_gradients`. torch would say so at the next step, in words of its own, or wait for ever."""
+        """See `Processes.check_gradients` (any shape). torch would say so at the next step, in its own words, or hang."""
         missing = [name for name, parameter in trained if parameter.grad is None]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
