@@ -251,13 +251,8 @@ class TrainStep:
         return torch.rand(len(self.labels), *shape, generator=self.generator, device=self.images.device)
 
     def gathered(self, rows: Tensor) -> Tensor:
-<<<<<<< HEAD
-        """`rows` (batch, ...), numbers of this process's images, with those of the images that other processes have in this
-        step: (images, ...), detached, the same in every process. Every process must ask for it.
-=======
         """`rows` (batch, ...), what was found for each image, with those of the images that other processes have in this step:
         (images, ...), detached, the same in every process. Numbers only; every process must ask for it.
->>>>>>> ptests
         """
         return rows.detach() if self.gather is None else self.gather(rows.detach())
 
