@@ -83,7 +83,7 @@ class Repeated(Split):
         """Those of the other."""
         return self._split.in_order(batch)
 
-    def batches(self, **how: Any) -> Generator[Batch]:  # type: ignore[override]
+    def batches(self, **how: Any) -> Generator[Batch]:
         """The same batch, as often as the other has batches."""
         for _ in range(self.steps(how["batch"])):
             yield self._batch

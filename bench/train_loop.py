@@ -101,7 +101,7 @@ class Setup:
                     logits = network(copies + torch.randn_like(copies) * self.sigma).reshape(self.m, len(images), -1)
                     loss = torch.stack(list(self.loss.terms(logits, labels).values())).sum()
                     optimizer.zero_grad()
-                    loss.backward()
+                    loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                     sums[0] += loss.item()
                     sums[1] += (logits.argmax(-1) == labels).float().mean().item()
@@ -110,7 +110,7 @@ class Setup:
         return epoch
 
     def _network(self, layout: torch.memory_format) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        network = initial_classifier(self.resolved, self.spec).to(self.device, memory_format=layout)
+        network = initial_classifier(self.resolved, self.spec).to(self.device).to(memory_format=layout)
         return network.train(), self.resolved.optimizer.build(network)
 
 
@@ -172,7 +172,11 @@ def processes(
     ]
     ratios = [turn["several"] / turn["one"] for turn in turns]
     answer = {"turns": turns, "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-    typer.echo(encoder.dumps(answer, indent=2) if json else f"several over one: {_shown((answer['ratio'], *ratios))}   {turns}")
+    typer.echo(
+        encoder.dumps(answer, indent=2)
+        if json
+        else f"several over one: {_shown((statistics.median(ratios), *ratios))}   {turns}"
+    )
 
 
 @app.command()

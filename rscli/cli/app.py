@@ -23,6 +23,7 @@ def main() -> None:
         distributions.leave_out_broken()
         from rscli.cli import boundary
         from rscli.cli.commands import app
+        from rscli.cli.one_voice import speaks
 
         try:
             try:
@@ -33,7 +34,7 @@ def main() -> None:
             if os.environ.get(boundary.DEBUG):
                 raise
             error = boundary.translated(cause) if isinstance(cause, OSError) else cause
-            if boundary.speaks(error):
+            if speaks(error):
                 boundary.show(error)
             sys.exit(error.exit_code)
 

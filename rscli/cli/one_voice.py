@@ -10,22 +10,23 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from typer import BadParameter
 from typer.core import TyperGroup
 
 from rscli.cli.interrupts import Terminated
 from rscli.errors import RscliError
-from rscli.runtime.torchrun import is_first
 
 SECONDS = 5.0
-USAGE = BadParameter.__mro__[2]
+USAGE = cast(type[Exception], BadParameter.__mro__[2])
 """What typer raises for a command line that it does not understand: the base of all such errors."""
 
 
 def speaks(error: RscliError) -> bool:
     """Whether this process is to say `error`; waits, if another one may do so. Raises `SystemExit` if it is ended meanwhile."""
+    from rscli.runtime.torchrun import is_first
+
     if is_first() or error.said_by == "this":
         return True
     if error.said_by == "all":
@@ -57,6 +58,8 @@ class Application(TyperGroup):
 
 @contextmanager
 def _in_turn() -> Iterator[None]:
+    from rscli.runtime.torchrun import is_first
+
     try:
         yield
     except USAGE as cause:

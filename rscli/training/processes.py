@@ -224,8 +224,8 @@ class Several(Processes):
             said = self._store.compare_set("failed", "", f"{self.rank} {code} {why}").decode()
         except RuntimeError:  # the store is gone, and with it the process that kept it
             return None
-        rank, code, why = said.split(" ", 2)
-        return None if int(rank) == self.rank else EndedByAnother(int(code), why)
+        rank, its_code, its_reason = said.split(" ", 2)
+        return None if int(rank) == self.rank else EndedByAnother(int(its_code), its_reason)
 
     def _watch(self) -> None:
         """Ends this process soon after another one has said that it fails: torch would wait for it."""

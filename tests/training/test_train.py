@@ -410,9 +410,9 @@ def test_a_model_that_no_run_wrote_is_kept(tmp_path):
     assert not (tmp_path / "run/config.json").exists()
 
 
-def test_half_of_what_torchrun_sets_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_launcher_that_leaves_variables_out_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="RANK is not set"):
+    with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK is not set"):
         train(settings(), options(tmp_path / "run"), Silent())
     assert not (tmp_path / "run").exists()
 
