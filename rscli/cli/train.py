@@ -96,6 +96,14 @@ MicroBatch = Annotated[
         rich_help_panel=opt.SPEED,
     ),
 ]
+Autotune = Annotated[
+    bool,
+    typer.Option(
+        "--autotune",
+        help="Try a few steps first: which layout is faster and, for a long run, whether compiling helps.",
+        rich_help_panel=opt.SPEED,
+    ),
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.", rich_help_panel=opt.SPEED)]
 Profile = Annotated[
     bool,
@@ -174,6 +182,7 @@ def train(
     precision: Precision = None,
     micro_batch: MicroBatch = None,
     compile: Compile = False,
+    autotune: Autotune = False,
     profile: Profile = False,
     device_tflops: DeviceTflops = None,
     utilization: Utilization = 0.4,
@@ -207,6 +216,8 @@ def train(
 
     if overwrite and resume:
         raise InputError("--resume and --overwrite are both given", "Go on with the run, or replace it.")
+    if autotune and (compile or channels_last is not None):
+        raise InputError("--autotune chooses layout and compilation, which are given, too", "Leave one of them out.")
     if not dry_run and (trial is not None or device_tflops is not None):
         raise InputError("--trial and --device-tflops are for the dry run", "Add --dry-run, or leave them out.")
     if seeds is not None and seed is not None:
@@ -228,6 +239,7 @@ def train(
             workers=workers,
             channels_last=channels_last,
             compile=compile,
+            autotune=autotune,
             profile=profile,
             resume=resume,
             overwrite=overwrite,

@@ -20,11 +20,13 @@ from rscli.errors import InputError, Stopped
 from rscli.models.network import LARGE, parameter_count
 from rscli.plugin_files import from_file
 from rscli.runtime.devices import emulated, environment, pick_device
+from rscli.runtime.files import read_json
 from rscli.runtime.guard import calling
 from rscli.runtime.memory import enough_memory
 from rscli.runtime.progress import Progress, Silent
 from rscli.runtime.signals import StopRequest, stop_requests
 from rscli.sampling.certifiable import check_certifiable, why_not_certifiable
+from rscli.training.autotune import Execution, fastest
 from rscli.training.checkpoint import FORMAT, fitting
 from rscli.training.context import SetupContext
 from rscli.training.minimum_batch import check_single_image_batches
@@ -49,6 +51,7 @@ class TrainOptions:
     channels_last: bool | None = None
     compile: bool = False
     profile: bool = False
+    autotune: bool = False
     resume: bool = False
     overwrite: bool = False
     download: bool = False
@@ -143,13 +146,14 @@ class _Training:
         holdout = None
         if self.resolved.config.holdout:
             split, holdout = set_aside(split, self.resolved.config.holdout, self.resolved.config.seed)
+        self.execution = self._execution(split)
         trainer = Trainer(
             self.resolved,
             split.spec,
             split,
             self.device,
-            channels_last=self.options.channels_last,
-            compile=self.options.compile,
+            channels_last=self.execution.channels_last,
+            compile=self.execution.compile,
             processes=self.processes,
         )
         start = trainer.classifier.start
@@ -237,7 +241,37 @@ class _Training:
 
     def _environment(self) -> dict[str, Any]:
         """What the figures of the run may depend on besides its configuration."""
-        return {**environment(self.device), "processes": self.processes.world, "compiled": self.options.compile}
+        chosen = {"execution": self.execution._asdict()} if self.options.autotune else {}
+        return {
+            **environment(self.device),
+            "processes": self.processes.world,
+            "compiled": self.execution.compile,
+            **chosen,
+        }
+
+    def _execution(self, split: Split) -> Execution:
+        """Layout and compilation: as a trial chose when this run began, or chooses now if asked for; or as the options say.
+
+        The trial happens in the first process, and leaves the run's random numbers as they are.
+        """
+        options = self.options
+        if not options.autotune:
+            return Execution(options.channels_last, options.compile)
+        if not self.processes.first:
+            return self.processes.share(Execution(None, False))
+        known = read_json(self.folder.environment, "environment of the run") if self.folder.environment.exists() else {}
+        before = known.get("execution") if isinstance(known, dict) and options.resume else None
+        if isinstance(before, dict) and set(before) == set(Execution._fields):
+            return self.processes.share(Execution(**before))
+        chunks = self.resolved.loss.m if self.resolved.chunked else 1
+        images = math.ceil(min(self.resolved.config.batch, len(split)) / chunks / self.processes.world)
+        rows = images * self.resolved.loss.m
+        steps = split.steps(self.resolved.config.batch) * chunks * self.resolved.config.epochs
+        with torch.random.fork_rng(devices=[]):
+            network = initial_classifier(self.resolved, split.spec).to(self.device)
+            rows = min(rows, self.resolved.config.micro_batch or rows)
+            found = fastest(self.resolved, network, split.spec, self.device, rows=rows, steps=steps, progress=self.progress)
+        return self.processes.share(found)
 
     def _warn_of_emulation(self) -> None:
         if emulated(self.resolved.config.precision, self.device):
