@@ -11,11 +11,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
 
+from rscli.cli.app import app
 from rscli.config.layers import resolve
 from rscli.registry import installed
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+OPTIONS = {name for option in typer.main.get_command(app).commands["train"].params for name in option.opts}
 COMMANDS = re.findall(r"^    (rscli train .*)$", PAGE, re.M)
 
 
@@ -25,10 +28,10 @@ def test_a_command_resolves(command, monkeypatch):
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
+    assert {word for word in words if word.startswith("--")} <= OPTIONS
     sets = [value for word, value in pairwise(words) if word == "--set"]
     resolved = resolve(words[words.index("--preset") + 1], sets=sets)
-    assert sets
     for text in sets:
         key, _, value = text.partition("=")
         assert value == "{}" or resolved.sources[key] == "--set"
