@@ -65,6 +65,10 @@ def read(loader: DataLoader[T]) -> Generator[T]:
     finally:
         for worker in workers:
             worker.kill()
+        # When the loader's iterator goes, it tells its workers by an event of all processes, and one that was killed while it
+        # looked at that event holds its lock for ever.
+        if hasattr(items, "_workers_done_event"):
+            items._workers_done_event = threading.Event()
 
 
 def _died(worker: BaseProcess) -> RscliError:

@@ -227,7 +227,7 @@ def test_the_dry_run_says_that_the_command_would_be_refused():
     words = ["--preset", "digits-gaussian-0.25", *ONE, "--out", "d"]
     assert dry(*words)["refused"] is None
     assert train(*words).exit_code == 0
-    assert "holds a training run already" in dry(*words)["refused"]
+    assert "already holds a training run" in dry(*words)["refused"]
     assert dry(*words, "--resume")["refused"] is None
     assert dry(*words, "--overwrite")["refused"] is None
     other = dry(*words, "--seed", "3", "--resume")["refused"]

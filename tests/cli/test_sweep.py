@@ -103,7 +103,7 @@ def test_seeds(text, seeds):
 
 @pytest.mark.parametrize("text", ["2-0", "0-", "-1", "0-2,1", "0-99999999999", "a", "1..3", ""])
 def test_wrong_seeds(text):
-    with pytest.raises(InputError, match="different whole numbers"):
+    with pytest.raises(InputError, match="distinct whole numbers"):
         read_seeds(text)
 
 
@@ -247,7 +247,7 @@ def test_overwrite_and_resume_refuse_a_folder_in_which_another_process_trains(ru
     for option in ("--overwrite", "--resume"):
         answer = train(*ONE, "--out", "d", option)
         assert answer.exit_code == 2
-        assert "process 1 trains in d at this moment" in " ".join(answer.stderr.split())
+        assert "process 1 is training in d right now" in " ".join(answer.stderr.split())
 
 
 def test_overwrite_and_resume_do_not_go_together():

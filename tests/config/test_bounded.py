@@ -185,7 +185,7 @@ def refused(*words: str | Path, command: list[str] = LIMITED) -> str:
     )
     assert done.returncode == 2, (words, done.returncode, done.stderr[-2000:])
     assert "Traceback" not in done.stderr
-    assert len(done.stderr) < 5000
+    assert len(done.stderr) < 8000
     return done.stderr
 
 
@@ -364,7 +364,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
         load_model(path)
         answer = "loaded"
     except RscliError as error:
-        answer = error.exit_code if str(path) in str(error) and len(str(error)) < 5000 else str(error)[:3000]
+        answer = error.exit_code if str(path) in str(error) and len(str(error)) < 8000 else str(error)[:3000]
     except BaseException as error:
         answer = repr(error)[:300]
     print(json.dumps([path.name, answer, time.monotonic() - start]), flush=True)

@@ -108,6 +108,7 @@ def test_the_record_has_every_field_and_where_each_part_came_from():
             "input_size": None,
             "drop_rate": None,
             "drop_path_rate": None,
+            "grad_checkpointing": False,
             "kwargs": {},
         },
         {"name": "ensemble", "members": [{"name": "lenet"}], "average": "logits"},

@@ -228,7 +228,7 @@ def test_plain_state_dicts_of_libraries(library, folder, monkeypatch):
     found = bring(folder / "w.pth", arch="timm/resnet18", dataset="imagefolder", sets=sets)
     model = load_model(found.model)
     assert same_predictions(model, source, (3, 64, 64))
-    unset = {"input_size": None, "drop_rate": None, "drop_path_rate": None, "kwargs": {}}
+    unset = {"input_size": None, "drop_rate": None, "drop_path_rate": None, "grad_checkpointing": False, "kwargs": {}}
     assert model.source.card.arch == {"name": "timm/resnet18", "pretrained": False, **unset}
     assert model.source.card.spec.class_names == ("cat", "dog", "fox")
     assert asked == [False, False]  # neither the import nor the model file downloads weights

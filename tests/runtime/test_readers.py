@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from itertools import product
@@ -170,3 +171,28 @@ def test_a_reader_that_ends_is_said_where_the_next_batch_is_wanted():
 def test_an_error_in_a_reader_stays_what_it_is():
     with pytest.raises(RuntimeError, match="a defect"):
         list(read(loader(Failing())))
+
+
+class Kept(torch_data.DataLoader):
+    """A loader that keeps its iterator."""
+
+    def __iter__(self):
+        self.iterator = super().__iter__()
+        return self.iterator
+
+
+def test_a_worker_that_is_killed_while_it_looks_at_torchs_event_holds_nobody_up():
+    """It dies with the lock of that event, which torch then asks for: seen once, when a whole run of the tests hung."""
+    loader = Kept(torch.arange(100), batch_size=None, num_workers=1, worker_init_fn=stay_in_the_background)
+    items = read(loader)
+    next(items)
+    loader.iterator._workers_done_event._cond._lock.acquire()  # as the dead worker would have left it
+
+    def end() -> None:
+        items.close()
+        del loader.iterator
+
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    ending.join(30)
+    assert not ending.is_alive()

@@ -344,7 +344,7 @@ def test_the_commands_of_the_page_resolve(tmp_path):
     file.write_text(*re.findall(r"^```toml\n(.+?)^```", page, re.M | re.S))
     assert resolve("mnist-cons-0.5", file).config.ramps["loss"]["lbd"].wait == 5
     fields = set(re.findall(r"callbacks\.([\w-]+)", page))
-    assert fields == {"best", "checkpoint", "collapse", "early-stopping", "probe", "validate"}
+    assert fields == {"best", "checkpoint", "collapse", "early-stopping", "ema", "probe", "validate"}
 
 
 # --- checkpoints within an epoch ---------------------------------------------------------------------------------------------
